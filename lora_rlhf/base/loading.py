@@ -1,0 +1,238 @@
+"""Loading the tokenizer, the 4-bit base and the original 16-bit weights, with errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
+from lora_rlhf.config import EMBEDDED, TINY, RunConfig
+from lora_rlhf.data.chat import set_chat_template
+from lora_rlhf.errors import UserError
+
+PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+
+
+def device() -> torch.device:
+    """Return where models run: the first CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolved_model(name: str) -> str:
+    """Return what `from_pretrained` is given for a model name: the folder of `embedded` and `tiny`, else the name."""
+    if name == EMBEDDED:
+        return str(embedded_model_folder())
+    if name == TINY:
+        return str(tiny_model_folder())
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise UserError(f"model_name_or_path: no folder {name}")
+    return name
+
+
+def load_tokenizer(config: RunConfig, name: str | None = None) -> Any:
+    """Return the tokenizer with a chat template and a pad token that is not EOS.
+
+    Args:
+        config: the run's config.
+        name: another model than the run's base, whose own template is kept.
+    """
+    from transformers import AutoTokenizer
+
+    source = resolved_model(name or config.model_name_or_path)
+    with explained(source, config):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=None if name else config.model_revision, trust_remote_code=False
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no EOS token, so that no answer could end")
+    set_chat_template(tokenizer, None if name else config.chat_template)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        free = [t for t in (*PAD_CANDIDATES, tokenizer.unk_token, tokenizer.bos_token) if t in vocabulary]
+        free = [t for t in free if t != tokenizer.eos_token]
+        if not free:
+            raise UserError(f"{source}: its tokenizer has no token that could serve as pad and is not EOS")
+        tokenizer.pad_token = free[0]
+    return tokenizer
+
+
+def load_causal_lm(config: RunConfig, name: str | None = None) -> Any:
+    """Return the causal language model, in NF4 where the config says so, in eval mode on `device()`.
+
+    Raises:
+        UserError: not on the Hub, gated, no network, no 4-bit to be had, or the backend is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = resolved_model(name or config.model_name_or_path)
+    revision = None if name else config.model_revision
+    if chosen_backend(config) == "unsloth":
+        return _load_with_unsloth(source, revision, config)
+    with explained(source, config), quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **quantized_arguments(config))
+    return _checked(model, config, source).eval()
+
+
+def load_reward_model(config: RunConfig, pad_token_id: int) -> Any:
+    """Return the base as a one-output sequence classifier for reward training; the head starts at std 1/√(d+1).
+
+    Source of the initialisation: Huang et al. 2024, detail on reward heads.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    source = resolved_model(config.model_name_or_path)
+    with explained(source, config), quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, revision=config.model_revision, num_labels=1, **quantized_arguments(config)
+        )
+    model.config.pad_token_id = pad_token_id
+    torch.nn.init.normal_(model.score.weight, std=1 / (model.config.hidden_size + 1) ** 0.5)
+    return _checked(model, config, source)
+
+
+def load_original_weights(config: RunConfig) -> Any:
+    """Return the base in 16 bits (32 where dtype is float32) on the CPU, as it was before quantisation."""
+    from transformers import AutoModelForCausalLM
+
+    source = resolved_model(config.model_name_or_path)
+    with explained(source, config), quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(
+            source, revision=config.model_revision, dtype=getattr(torch, config.dtype), trust_remote_code=False,
+            use_safetensors=True,
+        ).eval()  # fmt: skip
+
+
+def quantized_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return the `from_pretrained` arguments of the run's precision: NF4 with double quantisation, or plain."""
+    dtype = getattr(torch, config.dtype)
+    arguments: dict[str, Any] = {
+        "dtype": dtype, "device_map": {"": device()}, "trust_remote_code": False, "use_safetensors": True,
+    }  # fmt: skip
+    if config.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        check_4bit()
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head", "score"],
+        )
+    return arguments
+
+
+def check_4bit() -> None:
+    """Raise `UserError` where bitsandbytes is missing or has no native library for this machine."""
+    advice = "install bitsandbytes>=0.50 for this platform, or set load_in_4bit: false (four times the memory)"
+    try:
+        from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+    except ImportError as error:
+        raise UserError(f"load_in_4bit: bitsandbytes cannot be imported ({error}); {advice}") from None
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        raise UserError(f"load_in_4bit: bitsandbytes has no native library for this machine; {advice}")
+
+
+def chosen_backend(config: RunConfig) -> str:
+    """Return `transformers` or `unsloth`; `auto` is unsloth on CUDA where it is installed."""
+    installed = importlib.util.find_spec("unsloth") is not None
+    if config.backend == "auto":
+        return "unsloth" if installed and torch.cuda.is_available() else "transformers"
+    if config.backend == "unsloth" and not installed:
+        raise UserError(
+            "backend: unsloth is not installed: pip install -c constraints.txt -e '.[unsloth]' (or backend: auto)"
+        )
+    return config.backend
+
+
+def _load_with_unsloth(source: str, revision: str | None, config: RunConfig) -> Any:
+    from unsloth import FastLanguageModel
+
+    with explained(source, config):
+        model, _ = FastLanguageModel.from_pretrained(
+            source,
+            revision=revision,
+            max_seq_length=config.max_length + config.ppo.response_length,
+            dtype=getattr(torch, config.dtype),
+            load_in_4bit=config.load_in_4bit,
+            trust_remote_code=False,
+            use_exact_model_name=True,
+        )
+    return _checked(model, config, source).eval()
+
+
+def _checked(model: Any, config: RunConfig, source: str) -> Any:
+    """Return `model` after making sure that it is truly in 4 bits, and that it stays differentiable on the CPU."""
+    if not config.load_in_4bit:
+        return model
+    import bitsandbytes
+
+    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    whole = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and not n.endswith(("lm_head", "score"))]
+    packed = [m for m in layers if m.weight.dtype == torch.uint8 and m.weight.quant_state is not None]
+    if not layers or whole or len(packed) != len(layers):
+        raise UserError(
+            f"load_in_4bit: {source} was not loaded in 4 bits ({len(packed)} of {len(layers) + len(whole)} layers)"
+        )
+    for layer in layers:
+        # On the CPU, bitsandbytes repacks a weight at its first forward without gradient, for a kernel that has no
+        # backward: gradients after the first rollout would be silently wrong.
+        layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+@contextlib.contextmanager
+def explained(source: str, config: RunConfig) -> Iterator[None]:
+    """Turn what transformers and the Hub raise while loading `source` into a `UserError` that says what to do."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        chain: list[BaseException] = []
+        link: BaseException | None = error
+        while link is not None and link not in chain:
+            chain.append(link)
+            link = link.__cause__ or link.__context__
+        text = str(error)
+        if any(isinstance(e, GatedRepoError) for e in chain):
+            advice = f"{source} is gated: accept its terms on its Hub page, then run `hf auth login`"
+        elif any(isinstance(e, RevisionNotFoundError) for e in chain):
+            advice = f"model_revision: {source} has no revision {config.model_revision}"
+        elif any(isinstance(e, RepositoryNotFoundError) for e in chain):
+            advice = f"{source} is not on the Hub (or is private: `hf auth login`); check model_name_or_path"
+        elif Path(source).is_dir():
+            advice = f"{source} holds no model that transformers can load: {text.splitlines()[0]}"
+        elif isinstance(error, OSError):
+            advice = (
+                f"{source} is no folder here and could not be had from the Hub. Check the name and the network, "
+                "or run once with the network on and later with HF_HUB_OFFLINE=1; "
+                "--model_name_or_path embedded needs no Hub"
+            )
+        else:
+            raise
+        raise UserError(advice) from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' progress bars and load reports."""
+    from transformers.utils import logging as hf_logging
+
+    level, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    # bitsandbytes warns at import that the optional Hub kernels are not installed; we never load code from the Hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if shown:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,325 @@
+"""One 4-bit base in memory, and the roles that are played on it: reference, policy, reward, value, instruct."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
+from lora_rlhf.base.token_logprobs import token_logprobs
+from lora_rlhf.errors import UserError
+
+REFERENCE, POLICY, REWARD, VALUE, INSTRUCT = "reference", "policy", "reward", "value", "instruct"
+MIXED_BASE = "__base__"
+"""PEFT's name, in a mixed-adapter batch, for rows that use no adapter."""
+
+
+class SharedBase:
+    """A frozen causal language model with one LoRA adapter per role; the reference is the base with adapters off.
+
+    Roles are switched with `role`, which leaves the trainability of every parameter as it was. Heads (reward, value)
+    are float32 linear maps to one number, kept beside the adapters.
+
+    Attributes:
+        model: the PEFT model; its adapters are named after the roles.
+        trunk: the transformer without LM head.
+        heads: role -> linear head, where the role has one.
+    """
+
+    def __init__(self, causal_lm: Any, policy: LoraConfig, compute_dtype: torch.dtype) -> None:
+        self.identity = base_identity(causal_lm)
+        self.causal_lm = causal_lm
+        self.trunk = getattr(causal_lm, causal_lm.base_model_prefix)
+        self.lm_head = causal_lm.get_output_embeddings()
+        self.hidden_size: int = causal_lm.config.hidden_size
+        self.compute_dtype = compute_dtype
+        self.device: torch.device = self.lm_head.weight.device
+        for parameter in causal_lm.parameters():
+            parameter.requires_grad_(False)
+        causal_lm.config.use_cache = True
+        try:
+            self.model: PeftModel = get_peft_model(causal_lm, policy, adapter_name=POLICY)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules: {error}") from None
+        self.heads = nn.ModuleDict()
+        self.configs: dict[str, LoraConfig] = {POLICY: policy}
+        self._active = POLICY
+        self._expanded: str | None = None
+        self._after_new_adapter(POLICY, trainable=False)
+        self.model.eval()
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, role: str, folder: Path, trainable: bool = False) -> None:
+        """Put the adapter in `folder` (with its head, where it has one) on the base as `role`.
+
+        Raises:
+            UserError: not an adapter, or trained on another base.
+        """
+        config, weights, head = read_adapter(folder, self.identity)
+        self._add(role, config)
+        self._fill(role, folder, weights)
+        if head is not None:
+            self._add_head(role, head)
+        self._after_new_adapter(role, trainable)
+
+    def replace_adapter(self, role: str, folder: Path) -> None:
+        """Give `role`, which is there already, the adapter in `folder`."""
+        config, weights, head = read_adapter(folder, self.identity)
+        del config
+        self._fill(role, folder, weights)
+        if head is not None:
+            self._add_head(role, head)
+
+    def copy_adapter(self, source: str, role: str, trainable: bool) -> None:
+        """Start `role` as a copy of the adapter and head of `source`: the value role starts from the reward role."""
+        self._add(role, self.configs[source])
+        set_peft_model_state_dict(
+            self.model, get_peft_model_state_dict(self.model, adapter_name=source), adapter_name=role
+        )
+        if source in self.heads:
+            self._add_head(role, self.heads[source].weight)  # type: ignore[arg-type]
+        self._after_new_adapter(role, trainable)
+
+    def new_adapter(self, role: str, config: LoraConfig, trainable: bool) -> None:
+        """Start `role` with a fresh adapter, whose update is zero, and a zero head."""
+        self._add(role, config)
+        self._add_head(role, torch.zeros(1, self.hidden_size))
+        self._after_new_adapter(role, trainable)
+
+    def save_adapter(self, role: str, folder: Path) -> None:
+        """Write the adapter of `role`, and its head, alone to `folder`, as stock PEFT loads it."""
+        weights = get_peft_model_state_dict(self.model, adapter_name=role)
+        head = self.heads[role].weight if role in self.heads else None
+        write_adapter(folder, self.configs[role], weights, head, self.identity)  # type: ignore[arg-type]
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """Return the adapter's float32 parameters, in a fixed order, then the head's."""
+        own = [p for n, p in self.model.named_parameters() if f".{role}." in n and "lora_" in n]
+        return own + (list(self.heads[role].parameters()) if role in self.heads else [])
+
+    def _fill(self, role: str, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        expected = get_peft_model_state_dict(self.model, adapter_name=role)
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        if shapes != {name: tuple(weight.shape) for name, weight in expected.items()}:
+            raise UserError(f"{folder} does not fit this base: its layers or their shapes are others")
+        set_peft_model_state_dict(self.model, weights, adapter_name=role)
+
+    def _add(self, role: str, config: LoraConfig) -> None:
+        with self._trainability_kept():
+            self.model.add_adapter(role, config)
+        self.configs[role] = config
+
+    def _add_head(self, role: str, weight: torch.Tensor) -> None:
+        head = nn.Linear(self.hidden_size, 1, bias=False, device=self.device, dtype=torch.float32)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+        self.heads[role] = head
+
+    def _after_new_adapter(self, role: str, trainable: bool) -> None:
+        for parameter in self.parameters(role):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(trainable)
+        self._adapter_parameters = [p for n, p in self.model.named_parameters() if "lora_" in n]
+        self.model.eval()
+
+    def set_trainable(self, role: str, trainable: bool) -> None:
+        """Let gradients flow to the adapter and head of `role`, or not."""
+        for parameter in self.parameters(role):
+            parameter.requires_grad_(trainable)
+
+    # -- roles --------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """Play `name` inside the block, whatever was played before outside it."""
+        before = self._active
+        self._activate(name)
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    def _activate(self, name: str) -> None:
+        if name == self._active:
+            return
+        if self._expanded is not None:
+            raise RuntimeError(f"the weights are expanded for {self._expanded}; no other role can be played meanwhile")
+        with self._trainability_kept():  # PEFT turns it on for the adapter it activates and off for the others
+            if name == REFERENCE:
+                self.model.base_model.disable_adapter_layers()
+            else:
+                if self._active == REFERENCE:
+                    self.model.base_model.enable_adapter_layers()
+                self.model.set_adapter(name)
+        self._active = name
+
+    @contextlib.contextmanager
+    def _trainability_kept(self) -> Iterator[None]:
+        flags = [(p, p.requires_grad) for p in getattr(self, "_adapter_parameters", [])]
+        try:
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in backward, each under the role that was played in forward.
+
+        Plain checkpointing would re-run the forward with whatever adapter is active at backward time.
+        """
+
+        def contexts() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), self.role(self._active)
+
+        self.causal_lm.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+        )
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Train mode inside the block: transformers checkpoints in no other. There is no dropout to turn on."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+    # -- forward passes -----------------------------------------------------------------------------------------------
+
+    def hidden(self, role: str, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the states after the final norm [batch, length, d] in the compute dtype; padding may be anywhere."""
+        with self.role(role):
+            return self._forward(ids, mask)
+
+    def hidden_mixed(self, roles: Sequence[str], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return what `hidden` does, row i under `roles[i]`: all roles in one pass over the 4-bit weights.
+
+        Only without gradient, in eval mode.
+        """
+        names = [MIXED_BASE if role == REFERENCE else role for role in roles]
+        with self.role(POLICY), self.model._enable_peft_forward_hooks(adapter_names=names):
+            return self._forward(ids, mask)
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = torch.nonzero(mask.any(0))[:, 0]  # columns that are padding in every row are not computed
+        first, last = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, mask.shape[1])
+        inner = mask[:, first:last]
+        with self.autocast():
+            states = self.trunk(
+                input_ids=ids[:, first:last],
+                attention_mask=inner,
+                position_ids=(inner.long().cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+            ).last_hidden_state
+        return nn.functional.pad(states, (0, 0, first, mask.shape[1] - last))
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which float32 adapters compute in bfloat16, where that is the compute dtype."""
+        half = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute_dtype if half else torch.bfloat16, enabled=half)
+
+    def response_logprobs(
+        self, states: torch.Tensor, ids: torch.Tensor, response_mask: torch.Tensor, temperature: float, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (log-probs, entropies) [batch, response] of the last `response` ids; 0 where `response_mask` is.
+
+        Args:
+            states: [batch, length, d] from `hidden`.
+            ids: [batch, length].
+            response_mask: [batch, response], true for real tokens of the response.
+            temperature: divides the logits.
+            chunk: tokens whose logits exist at one time.
+        """
+        width = response_mask.shape[1]
+        before, tokens = states[:, -width - 1 : -1], ids[:, -width:]
+        flat, entropy = token_logprobs(
+            before[response_mask].to(self.lm_head.weight.dtype), self.lm_head.weight, tokens[response_mask],
+            temperature, chunk,
+        )  # fmt: skip
+        empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=states.device)
+        return empty.masked_scatter(response_mask, flat), empty.masked_scatter(response_mask, entropy)
+
+    def head_outputs(self, role: str, states: torch.Tensor) -> torch.Tensor:
+        """Return the head's number for each state, float32, one dimension less than `states`."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.heads[role](states.float())[..., 0]
+
+    @torch.no_grad()
+    def scores(self, role: str, ids: torch.Tensor, mask: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return the reward head's number [rows] at the last real token of each row, `batch` rows at a time."""
+        parts = []
+        for start in range(0, len(ids), batch):
+            part = slice(start, start + batch)
+            states = self.hidden(role, ids[part], mask[part])
+            parts.append(self.head_outputs(role, last_real(states, mask[part])))
+        return torch.cat(parts)
+
+    # -- expanded weights ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def expanded(self, role: str) -> Iterator[None]:
+        """Play `role` from a temporary 16-bit copy of the adapted layers with its adapter folded in.
+
+        Decoding then neither dequantises nor runs the adapter at each token. No gradients. The copy is rounded to the
+        compute dtype, so its log-probs differ slightly from the trainer's; see `sampler_kl` in the metrics.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        with self.role(role):
+            self._expanded = role
+            try:
+                for layer in layers:
+                    weight = dequantized_weight(layer.get_base_layer())
+                    if role != REFERENCE:
+                        weight = weight.float() + layer.get_delta_weight(role)
+                    layer.forward = _Plain(weight.to(self.compute_dtype), layer.get_base_layer().bias)
+                yield
+            finally:
+                for layer in layers:
+                    layer.__dict__.pop("forward", None)
+                self._expanded = None
+
+    def has_room_to_expand(self) -> bool:
+        """Return whether free memory is at least twice what `expanded` takes."""
+        layers = (m.get_base_layer() for m in self.model.modules() if isinstance(m, LoraLayer))
+        needed = sum(m.in_features * m.out_features for m in layers) * self.compute_dtype.itemsize
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0] > 2 * needed
+        return psutil.virtual_memory().available > 2 * needed
+
+
+class _Plain:
+    """The forward of a linear layer with a given weight."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+def dequantized_weight(layer: nn.Module) -> torch.Tensor:
+    """Return the weight [out, in] that a linear layer computes with: a 4-bit one dequantised, else its own."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.data
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional.dequantize_4bit(weight.data, state)
+
+
+def last_real(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the state [batch, d] at the last true position of each row of `mask` [batch, length]."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask.long() * positions).argmax(1)
+    return states[torch.arange(len(states), device=states.device), last]

@@ -1,0 +1,264 @@
+"""Reading a `RunConfig` from YAML and from the command line, with errors that name file, field and fix."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from lora_rlhf.config import RunConfig
+from lora_rlhf.errors import UserError
+
+
+def config_from_mapping(values: dict[str, Any], where: str) -> RunConfig:
+    """Return the config that a nested mapping describes; `where` names its origin in errors.
+
+    Raises:
+        UserError: an unknown field (the nearest known one is suggested), a value of the wrong type or out of range.
+    """
+    return _checked(_build(RunConfig, values, where, ""), where)
+
+
+def config_from_file(path: str | Path) -> RunConfig:
+    """Return the config in a YAML file. Raises `UserError` where it is missing, malformed or has bad fields."""
+    return config_from_mapping(_read_yaml(Path(path)), str(path))
+
+
+def config_from_command_line(description: str | None, arguments: Sequence[str] | None = None) -> RunConfig:
+    """Return the config of `--config FILE` with every other option laid over it; `--help` lists all fields."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with the fields below (nested: `ppo: {kl_coef: 0.1}`)."
+    )
+    groups: dict[str, Any] = {}
+    for dotted, spec, annotation, default in _leaves(RunConfig, ""):
+        section = dotted.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section or "run")
+        shown = "" if default in (None, [], {}) else f" [{_shown(default)}]"
+        groups[section].add_argument(
+            f"--{dotted}",
+            dest=dotted,
+            default=None,
+            nargs="*" if get_origin(annotation) is list else ("?" if annotation is bool else None),
+            const="true" if annotation is bool else None,
+            metavar=dotted.rpartition(".")[2].upper(),
+            help=(spec.metadata["help"] + shown).replace("%", "%%"),
+        )
+    known, unknown = parser.parse_known_args(arguments)
+    for word in unknown:
+        if word.startswith("--"):
+            names = [dotted for dotted, *_ in _leaves(RunConfig, "")]
+            raise UserError(
+                f"unknown option {word.split('=')[0]}{_suggestion(word.split('=')[0][2:], names)}; see --help"
+            )
+    if unknown:
+        raise UserError(f"unexpected word on the command line: {unknown[0]!r}; options are written --field value")
+
+    given = vars(known)
+    values = _read_yaml(Path(given["config"])) if given["config"] else {}
+    for dotted, _, annotation, _ in _leaves(RunConfig, ""):
+        if given[dotted] is not None:
+            _put(values, dotted, _parsed(given[dotted], annotation))
+    return config_from_mapping(values, given["config"] or "command line")
+
+
+def config_to_mapping(config: RunConfig) -> dict[str, Any]:
+    """Return the fully resolved config as nested plain values, ready for YAML."""
+    return dataclasses.asdict(config)
+
+
+def differing_fields(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return dotted names of the fields in which two nested mappings differ."""
+    names = []
+    for key in sorted(first.keys() | second.keys()):
+        one, other = first.get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += differing_fields(one, other, f"{prefix}{key}.")
+        elif one != other:
+            names.append(f"{prefix}{key}")
+    return names
+
+
+def _leaves(kind: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any], Any, Any]]:
+    """Yield (dotted name, field, annotation, default) of every leaf; plain fields before nested sections."""
+    hints = get_type_hints(kind)
+    fields = dataclasses.fields(kind)
+    for spec in sorted(fields, key=lambda f: dataclasses.is_dataclass(hints[f.name])):
+        annotation = hints[spec.name]
+        if dataclasses.is_dataclass(annotation):
+            yield from _leaves(annotation, f"{prefix}{spec.name}.")  # type: ignore[arg-type]
+        else:
+            default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[misc]
+            yield f"{prefix}{spec.name}", spec, annotation, default
+
+
+def _build(kind: type, values: dict[str, Any], where: str, prefix: str) -> Any:
+    hints = get_type_hints(kind)
+    built = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{where}: unknown field {prefix}{key}{_suggestion(str(key), list(hints))}")
+        annotation = hints[key]
+        if dataclasses.is_dataclass(annotation):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {prefix}{key} is a section of fields, not {value!r}")
+            built[key] = _build(annotation, value, where, f"{prefix}{key}.")  # type: ignore[arg-type]
+        else:
+            built[key] = _coerced(value, annotation, f"{where}: {prefix}{key}")
+    return kind(**built)
+
+
+def _coerced(value: Any, annotation: Any, where: str) -> Any:
+    """Return `value` as the annotated type; raise `UserError` where it is not one (a bool is no number)."""
+    origin, options = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerced(value, next(o for o in options if o is not type(None)), where)
+    if origin is Literal:
+        if value in options:
+            return value
+        raise UserError(
+            f"{where} is one of {', '.join(map(str, options))}, not {value!r}{_suggestion(str(value), options)}"
+        )
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        return [_coerced(item, options[0], f"{where}[{i}]") for i, item in enumerate(items)]
+    if origin is dict:
+        if isinstance(value, dict):
+            return value
+        raise UserError(f"{where} is a mapping such as {{kind: adapter, path: FOLDER}}, not {value!r}")
+    if annotation is bool and isinstance(value, bool):
+        return value
+    if annotation in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-4 as a string
+            number = float(value)
+            if annotation is float:
+                return number
+            if number.is_integer():
+                return int(number)
+        except (ValueError, OverflowError):
+            pass
+    if annotation is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    article = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    raise UserError(f"{where} is {article.get(annotation.__name__, annotation.__name__)}, not {value!r}")
+
+
+_AT_LEAST_ONE = (
+    "lora.r", "ppo.total_steps", "ppo.batch_size", "ppo.num_ppo_epochs", "ppo.num_mini_batches", "ppo.micro_batch_size",
+    "ppo.scoring_batch_size", "ppo.response_length", "ppo.logits_chunk_size", "max_prompt_length", "max_length",
+    "reward.per_device_train_batch_size", "sft.per_device_train_batch_size", "reward.gradient_accumulation_steps",
+    "sft.gradient_accumulation_steps", "compare.num_prompts", "merge.drift_prompts", "ppo.kl_horizon",
+)  # fmt: skip
+_ABOVE_ZERO = ("reward.learning_rate", "sft.learning_rate", "ppo.learning_rate", "ppo.temperature", "ppo.max_grad_norm",
+               "ppo.cliprange", "ppo.cliprange_value", "ppo.kl_target")  # fmt: skip
+
+
+def _checked(config: RunConfig, where: str) -> RunConfig:
+    """Return `config` after checks of ranges that hold whatever the run is."""
+    flat = {dotted: _get(config, dotted) for dotted, *_ in _leaves(RunConfig, "")}
+    for name, value in flat.items():
+        if isinstance(value, float) and value != value:
+            raise UserError(f"{where}: {name} is not a number (nan)")
+    for name in _AT_LEAST_ONE:
+        if flat[name] < 1:
+            raise UserError(f"{where}: {name} is at least 1, not {flat[name]}")
+    for name in _ABOVE_ZERO:
+        if not 0 < flat[name] < float("inf"):
+            raise UserError(f"{where}: {name} is above 0, not {flat[name]}")
+    if config.ppo.normalization_samples < 2:
+        raise UserError(f"{where}: ppo.normalization_samples is at least 2: a deviation needs two answers")
+    if not config.dataset_name:
+        raise UserError(f"{where}: dataset_name is empty; name at least one data set")
+    if config.dataset_weights and len(config.dataset_weights) != len(config.dataset_name):
+        raise UserError(
+            f"{where}: dataset_weights has {len(config.dataset_weights)} numbers for {len(config.dataset_name)} "
+            "data sets in dataset_name; give one each"
+        )
+    if any(not 0 < w < float("inf") for w in config.dataset_weights):
+        raise UserError(f"{where}: dataset_weights are above 0, not {config.dataset_weights}")
+    if config.ppo.batch_size % config.ppo.num_mini_batches:
+        raise UserError(
+            f"{where}: ppo.batch_size ({config.ppo.batch_size}) is not a multiple of ppo.num_mini_batches "
+            f"({config.ppo.num_mini_batches})"
+        )
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UserError(f"--config: no file {path}{_suggestion(str(path), siblings)}") from None
+    except OSError as error:
+        raise UserError(f"--config: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config: {path} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config: {path} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config: {path} holds {type(values).__name__}, not fields such as `seed: 1`")
+    return values
+
+
+def _parsed(words: Any, annotation: Any) -> Any:
+    """Return what a command-line word means; numbers, booleans and mappings are written as in YAML."""
+    if isinstance(words, list):
+        inner = get_args(annotation)[0]
+        return [word if inner is str else yaml.safe_load(word) for word in words]
+    options = get_args(annotation) or (annotation,)
+    if str in options or get_origin(annotation) is Literal:
+        return None if words.lower() in ("none", "null") else words
+    try:
+        value = yaml.safe_load(words)
+    except yaml.YAMLError:
+        return words
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+def _get(config: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, name = dotted.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{section} is a section of fields, not {inner!r}")
+        values = inner
+    values[name] = value
+
+
+def _shown(default: Any) -> str:
+    return (
+        " ".join(map(str, default))
+        if isinstance(default, list)
+        else str(default).lower()
+        if isinstance(default, bool)
+        else str(default)
+    )
+
+
+def _suggestion(name: str, known: Sequence[Any]) -> str:
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
+    if not close:  # the right field without its section
+        close = [str(k) for k in known if str(k).rpartition(".")[2] == name][:1]
+    return f"; did you mean {close[0]}?" if close else ""

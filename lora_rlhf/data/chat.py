@@ -1,0 +1,65 @@
+"""Chat format: templates, and the one way in which prompts and answers become token ids.
+
+A dialogue is always `prompt ids + answer ids + EOS`, whoever reads it: reward training, SFT, PPO and scoring all call
+the functions here, so that the last real token of an ended answer is its EOS everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_rlhf.errors import UserError
+
+Message = dict[str, str]
+"""One turn: `role` (system, user or assistant) and `content`."""
+
+HUMAN_ASSISTANT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
+    "{% else %}{{ '\n\nAssistant: ' + message['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+"""The format of HH-RLHF, for base models without a template. A base model goes on with the next "Human:" by itself."""
+
+CHATML = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML without a system turn of its own and with nothing after the last end mark."""
+
+TEMPLATES = {"human_assistant": HUMAN_ASSISTANT}
+
+
+def set_chat_template(tokenizer: Any, chat_template: str | None) -> None:
+    """Give `tokenizer` the template of the config: a known name, a Jinja file, or its own where it has one.
+
+    Raises:
+        UserError: `chat_template` is neither a known name nor a readable file.
+    """
+    if chat_template in TEMPLATES:
+        tokenizer.chat_template = TEMPLATES[chat_template]
+    elif chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            names = ", ".join(TEMPLATES)
+            raise UserError(
+                f"chat_template: {chat_template} is no readable Jinja file and none of: {names} ({error})"
+            ) from None
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = HUMAN_ASSISTANT
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the ids of a dialogue up to where the assistant's next answer begins."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def answer_ids(tokenizer: Any, answer: str) -> list[int]:
+    """Return the ids of an ended answer: its text, then EOS."""
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

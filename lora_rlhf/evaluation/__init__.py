@@ -1,0 +1,1 @@
+"""Evaluation: base, Instruct and Plus compared on held-out prompts."""

@@ -1,0 +1,170 @@
+"""The arms of the comparison (base, Instruct, Plus): their answers and what is counted on them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_rlhf.base.shared import REFERENCE, SharedBase
+from lora_rlhf.config import RunConfig
+from lora_rlhf.data.chat import prompt_ids
+from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.errors import UserError
+from lora_rlhf.merge import model_logprobs
+from lora_rlhf.ppo.rollout import Rollout, Sampling, model_answers, right_padded, sampled_answers
+from lora_rlhf.reward.sources import Answers, CombinedReward
+
+
+@dataclass
+class ArmAnswers:
+    """One arm's answers to the prompts, in order.
+
+    Attributes:
+        texts: the answers.
+        ended: [prompts] whether each ended by itself.
+        kl_to_base: [prompts] Σ log p_arm − log p_base over the answer's tokens, in nats; NaN where the two models do
+            not share a vocabulary.
+        score: [prompts] combined reward, in standard deviations of the reference.
+    """
+
+    texts: list[str]
+    ended: torch.Tensor
+    kl_to_base: torch.Tensor
+    score: torch.Tensor
+
+
+def role_answers(
+    base: SharedBase,
+    role: str,
+    tokenizer: Any,
+    pairs: Sequence[PreferencePair],
+    reward: CombinedReward,
+    config: RunConfig,
+    seed: int,
+) -> ArmAnswers:
+    """Return the answers of a role of the shared base."""
+    settings, parts = config.ppo, []
+    generator = torch.Generator().manual_seed(seed)
+    for chunk in _chunks(pairs, settings.scoring_batch_size):
+        rollout = sampled_answers(base, role, _prompts(tokenizer, chunk), _sampling(config), tokenizer, generator)
+        own = _role_logprobs(base, role, rollout, config)
+        ref = _role_logprobs(base, REFERENCE, rollout, config)
+        parts.append(_part(rollout, (own - ref).sum(1), reward, chunk, rollout.text_ids, rollout.text_mask))
+    return _joined(parts)
+
+
+def model_arm_answers(
+    base: SharedBase,
+    base_tokenizer: Any,
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[PreferencePair],
+    reward: CombinedReward,
+    config: RunConfig,
+    seed: int,
+) -> ArmAnswers:
+    """Return the answers of a whole other model, with its own chat template, judged as the others are."""
+    parts = []
+    generator = torch.Generator().manual_seed(seed)
+    same_vocabulary = tokenizer.get_vocab() == base_tokenizer.get_vocab()
+    trunk, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    for chunk in _chunks(pairs, config.ppo.scoring_batch_size):
+        rollout = model_answers(trunk, head, _prompts(tokenizer, chunk), _sampling(config), tokenizer, generator)
+        # the reward model reads the dialogue in its own format, whatever template the arm answered in
+        base_prompts = _prompts(base_tokenizer, chunk)
+        read = [
+            prompt + base_tokenizer(text, add_special_tokens=False)["input_ids"] + [base_tokenizer.eos_token_id] * ended
+            for prompt, text, ended in zip(base_prompts, rollout.texts, rollout.ended.tolist(), strict=True)
+        ]
+        ids, mask = right_padded(read, base_tokenizer.pad_token_id, base.device)
+        kl = torch.full((len(chunk),), float("nan"))
+        if same_vocabulary:
+            with torch.no_grad():
+                own = model_logprobs(model, rollout, config.ppo.temperature, config.ppo.logits_chunk_size)
+            kl = (own.to(base.device) - _role_logprobs(base, REFERENCE, rollout, config)).sum(1)
+        parts.append(_part(rollout, kl, reward, chunk, ids, mask))
+    return _joined(parts)
+
+
+def arm_summary(arm: ArmAnswers, base: ArmAnswers, bad_words: re.Pattern[str]) -> dict[str, float | int | None]:
+    """Return the figures of one arm; a tie with base counts half a win."""
+    n = len(arm.texts)
+    wins = (arm.score > base.score).float() + 0.5 * (arm.score == base.score).float()
+    kl = arm.kl_to_base.mean().item()
+    return {
+        "reward_mean": arm.score.mean().item(),
+        "reward_sem": arm.score.std().item() / n**0.5 if n > 1 else 0.0,
+        "win_rate_vs_base": wins.mean().item(),
+        "kl_to_base": kl if kl == kl else None,
+        "ended_rate": arm.ended.float().mean().item(),
+        "bad_word_rate": sum(bool(bad_words.search(text)) for text in arm.texts) / n,
+        "n": n,
+    }
+
+
+def bad_word_pattern(file: str | None) -> re.Pattern[str]:
+    """Return a pattern that finds any of the listed words, whole, case aside.
+
+    Raises:
+        UserError: the file cannot be read or holds no word.
+    """
+    path = Path(file) if file else Path(__file__).with_name("bad_words.txt")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"compare.bad_words_file: {path} cannot be read: {error}") from None
+    words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not words:
+        raise UserError(f"compare.bad_words_file: {path} holds no word")
+    return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
+
+
+def _part(
+    rollout: Rollout,
+    kl: torch.Tensor,
+    reward: CombinedReward,
+    chunk: Sequence[PreferencePair],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+) -> ArmAnswers:
+    rows = [dict(pair.columns) for pair in chunk]
+    columns = {name: [row.get(name) for row in rows] for name in sorted({n for row in rows for n in row})}
+    score, _ = reward.scores(Answers(ids, mask, [pair.messages for pair in chunk], rollout.texts, columns))
+    return ArmAnswers(rollout.texts, rollout.ended.cpu(), kl.cpu(), score.cpu())
+
+
+def _joined(parts: list[ArmAnswers]) -> ArmAnswers:
+    return ArmAnswers(
+        [text for part in parts for text in part.texts],
+        torch.cat([part.ended for part in parts]),
+        torch.cat([part.kl_to_base for part in parts]),
+        torch.cat([part.score for part in parts]),
+    )
+
+
+@torch.no_grad()
+def _role_logprobs(base: SharedBase, role: str, rollout: Rollout, config: RunConfig) -> torch.Tensor:
+    states = base.hidden(role, rollout.ids.to(base.device), rollout.mask.to(base.device))
+    logprobs, _ = base.response_logprobs(
+        states, rollout.ids.to(base.device), rollout.action_mask.to(base.device), config.ppo.temperature,
+        config.ppo.logits_chunk_size,
+    )  # fmt: skip
+    return logprobs
+
+
+def _sampling(config: RunConfig) -> Sampling:
+    s = config.ppo
+    return Sampling(s.response_length, s.temperature, tuple(s.stop_strings), s.expand_rollout_weights)
+
+
+def _prompts(tokenizer: Any, pairs: Sequence[PreferencePair]) -> list[list[int]]:
+    return [prompt_ids(tokenizer, pair.messages) for pair in pairs]
+
+
+def _chunks(pairs: Sequence[PreferencePair], size: int) -> list[Sequence[PreferencePair]]:
+    return [pairs[i : i + size] for i in range(0, len(pairs), size)]

@@ -1,0 +1,94 @@
+"""Merging the policy adapter into 16-bit weights, and the drift of the result from base + adapter.
+
+Two targets. *original*: the weights as they were before quantisation; the adapter then sits on weights it never saw,
+so the quantisation error comes back as drift. *dequantized*: the 4-bit weights written out in 16 bits, the very ones
+the adapter was trained on; only rounding remains.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+from lora_rlhf.base.loading import load_original_weights, quiet_transformers
+from lora_rlhf.base.shared import POLICY, SharedBase, dequantized_weight
+from lora_rlhf.base.token_logprobs import token_logprobs
+from lora_rlhf.config import RunConfig
+from lora_rlhf.ppo.rollout import Rollout
+
+TARGETS = ("original", "dequantized")
+
+
+def dequantized_layers(base: SharedBase) -> dict[str, torch.Tensor]:
+    """Return the weight of every quantised layer, by its name in the plain model, dequantised, on the CPU."""
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix).removesuffix(".base_layer"): dequantized_weight(module).to("cpu", base.compute_dtype)
+        for name, module in base.model.named_modules()
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None
+        and not isinstance(module, LoraLayer)
+    }
+
+
+def merged_model(config: RunConfig, adapter: Path, dequantized: dict[str, torch.Tensor] | None) -> Any:
+    """Return the plain 16-bit model with the adapter merged in, on the CPU.
+
+    Args:
+        config: names the base.
+        adapter: folder of the policy adapter.
+        dequantized: weights that replace the original ones first; none: the original ones take the adapter.
+    """
+    model = load_original_weights(config)
+    if dequantized is not None:
+        with torch.no_grad():
+            for name, weight in dequantized.items():
+                model.get_submodule(name).weight.copy_(weight)
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+
+
+def merge_drift(base: SharedBase, model: Any, rollout: Rollout, temperature: float, chunk: int) -> float:
+    """Return mean |log p_merged − log p_base+adapter| in nats over the answer tokens of `rollout`."""
+    with torch.no_grad():
+        states = base.hidden(POLICY, rollout.ids, rollout.mask)
+        trained, _ = base.response_logprobs(states, rollout.ids, rollout.action_mask, temperature, chunk)
+        merged = model_logprobs(model, rollout, temperature, chunk)
+    return (trained.cpu() - merged.cpu())[rollout.action_mask.cpu()].abs().mean().item()
+
+
+def model_logprobs(model: Any, rollout: Rollout, temperature: float, chunk: int) -> torch.Tensor:
+    """Return the log-probs [batch, R] that any causal language model gives to the answers of `rollout`."""
+    trunk, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    device = head.weight.device
+    ids, mask, action = rollout.ids.to(device), rollout.mask.to(device), rollout.action_mask.to(device)
+    states = trunk(
+        input_ids=ids, attention_mask=mask, position_ids=(mask.long().cumsum(1) - 1).clamp(min=0), use_cache=False
+    ).last_hidden_state
+    width = action.shape[1]
+    before = states[:, -width - 1 : -1][action].to(head.weight.dtype)
+    flat, _ = token_logprobs(before, head.weight, ids[:, -width:][action], temperature, chunk)
+    return torch.zeros(action.shape, device=device).masked_scatter(action, flat)
+
+
+def write_merged(model: Any, tokenizer: Any, stop_strings: Sequence[str], max_new_tokens: int, folder: Path) -> None:
+    """Write weights (safetensors), tokenizer, chat template and generation config, whole or not at all."""
+    generation = model.generation_config
+    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    generation.bos_token_id = tokenizer.bos_token_id
+    generation.do_sample, generation.temperature, generation.top_k, generation.top_p = True, 1.0, 0, 1.0
+    generation.max_new_tokens = max_new_tokens
+    if stop_strings:
+        generation.stop_strings = list(stop_strings)
+    model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    half = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(half, ignore_errors=True)
+    with quiet_transformers():
+        model.save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    shutil.rmtree(folder, ignore_errors=True)
+    half.rename(folder)

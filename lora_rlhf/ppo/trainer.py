@@ -1,0 +1,275 @@
+"""The PPO loop: rollout, score, advantages, update. The numbers in comments are the points of the design."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+import torch
+
+from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
+from lora_rlhf.config import PpoSettings
+from lora_rlhf.data.chat import prompt_ids
+from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
+from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, kl_estimate, policy_loss, value_loss
+from lora_rlhf.ppo.rollout import Rollout, Sampling, sampled_answers
+from lora_rlhf.ppo.scoring import Scored, answers_of, scored_rollout, state_values
+from lora_rlhf.reward.sources import AdapterReward, CombinedReward
+
+Metrics = dict[str, float]
+
+
+class PpoTrainer:
+    """PPO over the roles of one shared base.
+
+    The base has its policy adapter already, and whatever adapters the reward sources play. The value role is made
+    here: a copy of the first reward adapter, head included (so it starts out knowing the score), or a fresh one.
+
+    Args:
+        base: the shared base.
+        tokenizer: its tokenizer.
+        pairs: training pairs, for their prompts and columns.
+        reward: the sources of reward; their scales are fitted here (point 14).
+        settings: hyper-parameters.
+        seed: of prompt order and sampling.
+    """
+
+    def __init__(
+        self,
+        base: SharedBase,
+        tokenizer: Any,
+        pairs: Sequence[PreferencePair],
+        reward: CombinedReward,
+        settings: PpoSettings,
+        seed: int,
+    ) -> None:
+        self.base, self.tokenizer, self.pairs, self.reward, self.settings = base, tokenizer, pairs, reward, settings
+        self.prompt_ids = [prompt_ids(tokenizer, pair.messages) for pair in pairs]
+        self.generator = torch.Generator().manual_seed(seed)
+        self._order: list[int] = []
+        self.step_count, self.episodes = 0, 0
+        self.stopped_early: str | None = None
+        self.value_offset = 0.0
+        self.kl = FixedKl(settings.kl_coef)
+        if settings.adaptive_kl:
+            self.kl = AdaptiveKl(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+        if settings.gradient_checkpointing:
+            base.enable_gradient_checkpointing()
+        if not reward.scales:
+            self._fit_reward_scales()
+        self._start_value_role()
+        base.set_trainable(POLICY, True)
+        self.parameters = {role: base.parameters(role) for role in (POLICY, VALUE)}
+        # 16. Adam with ε 1e-5
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": self.parameters[POLICY], "lr": settings.learning_rate},
+                {"params": self.parameters[VALUE], "lr": settings.value_learning_rate or settings.learning_rate},
+            ],
+            eps=1e-5,
+        )
+        # 16. the learning rate is annealed to 0
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: max(0.0, 1 - step / settings.total_steps)
+        )
+
+    @property
+    def sampling(self) -> Sampling:
+        """How this trainer samples (point 4: the full distribution)."""
+        s = self.settings
+        return Sampling(s.response_length, s.temperature, tuple(s.stop_strings), s.expand_rollout_weights)
+
+    def _fit_reward_scales(self) -> None:
+        """14. Normalise each source on the reference's own samples, before PPO starts."""
+        chosen = self._next_prompts(self.settings.normalization_samples)
+        rollout = self._rollout(REFERENCE, chosen)
+        self.reward.fit(answers_of(rollout, *self._prompts_and_columns(chosen)))
+
+    def _start_value_role(self) -> None:
+        adapters = [s for s in self.reward.sources if isinstance(s, AdapterReward)]
+        if not adapters:
+            self.base.new_adapter(VALUE, self.base.configs[POLICY], trainable=True)
+            return
+        source = next((s for s in adapters if s.role == REWARD), adapters[0])
+        self.base.copy_adapter(source.role, VALUE, trainable=True)
+        scale = self.reward.scales[source.name]
+        factor = source.weight / scale.std  # the value starts at the normalised score of the text so far
+        with torch.no_grad():
+            self.base.heads[VALUE].weight.mul_(factor)  # type: ignore[operator]
+        self.value_offset = -factor * scale.mean
+
+    def _next_prompts(self, count: int) -> list[int]:
+        """Return the next `count` prompts, through one permutation of all of them after another."""
+        while len(self._order) < count:
+            self._order += torch.randperm(len(self.pairs), generator=self.generator).tolist()
+        chosen, self._order = self._order[:count], self._order[count:]
+        return chosen
+
+    def _prompts_and_columns(self, chosen: list[int]) -> tuple[list[Any], dict[str, list[Any]]]:
+        rows = [dict(self.pairs[i].columns) for i in chosen]
+        names = sorted({name for row in rows for name in row})
+        return [self.pairs[i].messages for i in chosen], {name: [row.get(name) for row in rows] for name in names}
+
+    def _rollout(self, role: str, chosen: list[int]) -> Rollout:
+        prompts = [self.prompt_ids[i] for i in chosen]
+        return sampled_answers(self.base, role, prompts, self.sampling, self.tokenizer, self.generator)
+
+    def step(self) -> Metrics:
+        """Sample one batch of answers, learn from it, and return the metrics of the step."""
+        s = self.settings
+        started = time.perf_counter()
+        chosen = self._next_prompts(s.batch_size)
+        rollout = self._rollout(POLICY, chosen)
+        sampled = time.perf_counter()
+        answers = answers_of(rollout, *self._prompts_and_columns(chosen))
+        scored = scored_rollout(self.base, rollout, self.reward, answers, s, self.value_offset)
+        kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
+        advantages, returns = self.targets(rollout, scored, kl)
+        scored_at = time.perf_counter()
+        learning = self.update(rollout, scored, advantages, returns)
+        ended = time.perf_counter()
+
+        mask = rollout.action_mask
+        answer_kl = ((scored.logprobs - scored.reference) * mask).sum(1).mean().item()
+        self.step_count += 1
+        self.episodes += s.batch_size
+        metrics: Metrics = {
+            "step": self.step_count,
+            "episodes": self.episodes,
+            "reward": (self.penalised(scored.score, rollout.ended) - self.kl.coef * (kl * mask).sum(1)).mean().item(),
+            "score": scored.score.mean().item(),
+            "kl": answer_kl,
+            "kl_coef": self.kl.coef,
+            "entropy": masked_mean(scored.entropy, mask).item(),
+            **learning,
+            "response_length": mask.sum(1).float().mean().item(),
+            "ended_rate": rollout.ended.float().mean().item(),
+            "sampler_kl": masked_mean(rollout.sampled_logprobs - scored.logprobs, mask).item(),
+            "sampler_max_difference": (rollout.sampled_logprobs - scored.logprobs).abs().max().item(),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "samples_per_second": s.batch_size / (ended - started),
+            "peak_memory_gib": peak_memory_gib(self.base.device),
+            "seconds_rollout": sampled - started,
+            "seconds_score": scored_at - sampled,
+            "seconds_update": ended - scored_at,
+        }
+        metrics |= {f"score/{name}": raw.mean().item() for name, raw in scored.raw_scores.items()}
+        self.kl.update(answer_kl, s.batch_size)  # 17.
+        self.scheduler.step()
+        if s.max_kl is not None and answer_kl > s.max_kl:
+            self.stopped_early = (
+                f"KL per answer {answer_kl:.1f} passed ppo.max_kl {s.max_kl:g} at step {self.step_count}"
+            )
+        return metrics
+
+    def penalised(self, score: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
+        """8. Return the score, less the penalty where the answer did not end."""
+        return score - self.settings.missing_eos_penalty * ~ended
+
+    def targets(self, rollout: Rollout, scored: Scored, kl: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (whitened advantages [batch, R], returns [batch, R + 1])."""
+        s, mask = self.settings, rollout.action_mask
+        rewards = token_rewards(kl, self.kl.coef, self.penalised(scored.score, rollout.ended), mask)  # 9.
+        states = value_mask(mask)  # 10.
+        if s.whiten_rewards:
+            rewards = masked_whiten(rewards, states, keep_mean=True)  # 12.
+        advantages, returns = advantages_and_returns(rewards, scored.values, states, s.gamma, s.lam)  # 11.
+        return masked_whiten(advantages[:, :-1], mask), returns  # 12.
+
+    def update(self, rollout: Rollout, scored: Scored, advantages: torch.Tensor, returns: torch.Tensor) -> Metrics:
+        """Take the optimizer steps of one batch; return means over its minibatches."""
+        s = self.settings
+        history: list[Metrics] = []
+        first_ratio = 0.0
+        warming = self.step_count < s.value_warmup_steps
+        with self.base.training():
+            for _ in range(s.num_ppo_epochs):
+                order = torch.randperm(len(rollout.texts), generator=self.generator)  # 18.
+                for rows in order.chunk(s.num_mini_batches):
+                    self.optimizer.zero_grad(set_to_none=True)
+                    now = self._accumulate(rollout, scored, advantages, returns, rows.to(self.base.device), warming)
+                    if not history:
+                        first_ratio = now["ratio_deviation"]  # 19.
+                    history.append(now)
+                    if s.update_kl_limit is not None and now["update_kl"] > s.update_kl_limit:
+                        return self._summary(history, first_ratio, stopped=1.0)
+                    norm = torch.nn.utils.clip_grad_norm_(
+                        [p for own in self.parameters.values() for p in own], s.max_grad_norm
+                    )
+                    now["grad_norm"] = norm.item()
+                    self.optimizer.step()
+        return self._summary(history, first_ratio, stopped=0.0)
+
+    def _accumulate(
+        self,
+        rollout: Rollout,
+        scored: Scored,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        rows: torch.Tensor,
+        warming: bool,
+    ) -> Metrics:
+        """Add up the gradients of one minibatch over micro-batches; equal to one pass over all of it."""
+        s = self.settings
+        tokens = rollout.action_mask[rows].sum()
+        states = value_mask(rollout.action_mask[rows]).sum()
+        sums: Metrics = {}
+        for micro in rows.split(s.micro_batch_size):
+            ids, mask, action = rollout.ids[micro], rollout.mask[micro], rollout.action_mask[micro]
+            state_mask, old = value_mask(action), scored.logprobs[micro]
+            share, state_share = (action.sum() / tokens).item(), (state_mask.sum() / states).item()
+
+            # Backward ends before another role is played; see SharedBase on checkpointing.
+            hidden = self.base.hidden(POLICY, ids, mask)
+            logprobs, _ = self.base.response_logprobs(hidden, ids, action, s.temperature, s.logits_chunk_size)
+            loss, clipped = policy_loss(logprobs, old, advantages[micro], action, s.cliprange)  # 13.
+            if not warming:
+                (loss * share).backward()
+            with torch.no_grad():
+                ratio = torch.exp(logprobs - old)
+                now = {
+                    "policy_loss": loss.item() * share,
+                    "clip_fraction": clipped.item() * share,
+                    "ratio": masked_mean(ratio, action).item() * share,
+                    "update_kl": masked_mean(kl_estimate(old, logprobs, "k3"), action).item() * share,
+                }
+                deviation = ((ratio - 1).abs() * action).max().item()
+            del hidden, logprobs, loss
+
+            hidden = self.base.hidden(VALUE, ids, mask)
+            values = state_values(self.base, hidden, action, self.value_offset)
+            loss, clipped = value_loss(
+                values, scored.values[micro], returns[micro], state_mask, s.cliprange_value
+            )  # 13.
+            (s.vf_coef * loss * state_share).backward()
+            now |= {"value_loss": loss.item() * state_share, "value_clip_fraction": clipped.item() * state_share}
+            sums = {name: sums.get(name, 0.0) + value for name, value in now.items()} | {
+                "ratio_deviation": max(sums.get("ratio_deviation", 0.0), deviation)
+            }
+        return sums
+
+    @staticmethod
+    def _summary(history: list[Metrics], first_ratio: float, stopped: float) -> Metrics:
+        names = [n for n in history[0] if n != "ratio_deviation"]
+        means = {n: sum(m.get(n, 0.0) for m in history) / len(history) for n in names}
+        return means | {"first_ratio_deviation": first_ratio, "update_stopped": stopped}
+
+    def normalization(self) -> dict[str, Any]:
+        """Return what normalises scores and values, to be kept beside the adapters."""
+        return {"scales": {n: asdict(s) for n, s in self.reward.scales.items()}, "value_offset": self.value_offset}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the peak so far: allocated CUDA memory, or this process's resident memory, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset / 2**30  # type: ignore[attr-defined]

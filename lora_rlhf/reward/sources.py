@@ -1,0 +1,236 @@
+"""Where a rollout's reward comes from: adapters on the shared base, classifiers with their own tokenizer, functions."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lora_rlhf.base.loading import explained, quantized_arguments, quiet_transformers, resolved_model
+from lora_rlhf.base.shared import REWARD, SharedBase
+from lora_rlhf.config import RunConfig
+from lora_rlhf.data.chat import Message
+from lora_rlhf.errors import UserError
+
+
+@dataclass
+class Answers:
+    """What a reward source may look at: token ids of the base's tokenizer, and text.
+
+    Attributes:
+        ids: [answers, length] prompt and answer.
+        mask: [answers, length].
+        prompts: the messages of each prompt.
+        completions: the text of each answer.
+        columns: the other columns of the data set, for functions.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    prompts: list[list[Message]]
+    completions: list[str]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+class RewardSource(Protocol):
+    """Anything that gives a number to each answer."""
+
+    name: str
+    weight: float
+
+    def scores(self, answers: Answers) -> torch.Tensor:
+        """Return raw scores, float32 [answers]."""
+        ...
+
+
+@dataclass
+class AdapterReward:
+    """A reward adapter played on the shared base."""
+
+    base: SharedBase
+    role: str = REWARD
+    name: str = REWARD
+    weight: float = 1.0
+    batch: int = 32
+
+    def scores(self, answers: Answers) -> torch.Tensor:
+        """Return the head's number at the last real token of each answer."""
+        return self.base.scores(self.role, answers.ids, answers.mask, self.batch)
+
+
+@dataclass
+class ClassifierReward:
+    """A sequence-classification model with one output, given text through its own tokenizer and chat template."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    weight: float = 1.0
+    batch: int = 32
+
+    @torch.no_grad()
+    def scores(self, answers: Answers) -> torch.Tensor:
+        """Return the model's number for each dialogue."""
+        texts = [self._text(p, c) for p, c in zip(answers.prompts, answers.completions, strict=True)]
+        parts = []
+        for start in range(0, len(texts), self.batch):
+            encoded = self.tokenizer(
+                texts[start : start + self.batch], padding=True, truncation=True, return_tensors="pt",
+                add_special_tokens=self.tokenizer.chat_template is None,
+            )  # fmt: skip
+            parts.append(self.model(**encoded.to(self.model.device)).logits[:, 0].float())
+        return torch.cat(parts).to(answers.ids.device)
+
+    def _text(self, prompt: list[Message], completion: str) -> str:
+        dialogue = [*prompt, {"role": "assistant", "content": completion}]
+        if self.tokenizer.chat_template is not None:
+            return self.tokenizer.apply_chat_template(dialogue, tokenize=False)
+        names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+        return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in dialogue)
+
+
+@dataclass
+class FunctionReward:
+    """A Python function with TRL's signature: `f(prompts, completions, **columns) -> list of numbers`.
+
+    Prompts are lists of messages and completions are `[{"role": "assistant", "content": text}]`, as TRL passes them
+    for conversational data.
+    """
+
+    function: Callable[..., Sequence[float]]
+    name: str
+    weight: float = 1.0
+
+    def scores(self, answers: Answers) -> torch.Tensor:
+        """Return the function's numbers."""
+        completions = [[{"role": "assistant", "content": text}] for text in answers.completions]
+        values = self.function(prompts=answers.prompts, completions=completions, **answers.columns)
+        if len(values) != len(completions):
+            raise UserError(f"reward function {self.name} gave {len(values)} numbers for {len(completions)} answers")
+        try:
+            return torch.tensor([float(v) for v in values], dtype=torch.float32, device=answers.ids.device)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"reward function {self.name} gave something that is no number: {list(values)[:3]}"
+            ) from None
+
+
+@dataclass
+class ScoreScale:
+    """Mean and standard deviation of a source's scores on the reference's own answers."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass
+class CombinedReward:
+    """Reward sources, each normalised to mean 0 and deviation 1 on reference answers, added up by weight."""
+
+    sources: list[RewardSource]
+    scales: dict[str, ScoreScale] = field(default_factory=dict)
+
+    def fit(self, answers: Answers) -> None:
+        """Measure each source's mean and deviation on `answers`, which the reference gave."""
+        for source in self.sources:
+            scores = source.scores(answers)
+            if not torch.isfinite(scores).all():
+                raise UserError(f"reward source {source.name} gave NaN or infinity for the reference's answers")
+            self.scales[source.name] = ScoreScale(scores.mean().item(), max(scores.std().item(), 1e-6))
+
+    def scores(
+        self, answers: Answers, known: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return (sum [answers], raw scores by source name); `known` holds raw scores that are there already."""
+        known = known or {}
+        raw = {s.name: known[s.name] if s.name in known else s.scores(answers) for s in self.sources}
+        total = torch.zeros(len(answers.completions), device=answers.ids.device)
+        for source in self.sources:
+            scale = self.scales.get(source.name, ScoreScale())
+            total = total + source.weight * (raw[source.name] - scale.mean) / scale.std
+        return total, raw
+
+
+def reward_sources(config: RunConfig, base: SharedBase, own_adapter: Path) -> list[RewardSource]:
+    """Return the sources that `ppo.reward_sources` names; the run's own reward adapter where it names none.
+
+    Raises:
+        UserError: a source of unknown kind, without path, or that cannot be loaded; two sources of one name.
+    """
+    batch = config.ppo.scoring_batch_size
+    if not config.ppo.reward_sources:
+        base.load_adapter(REWARD, own_adapter)
+        return [AdapterReward(base, batch=batch)]
+    sources: list[RewardSource] = []
+    for i, entry in enumerate(config.ppo.reward_sources):
+        where = f"ppo.reward_sources[{i}]"
+        unknown = entry.keys() - {"kind", "path", "weight", "name"}
+        if unknown or "kind" not in entry:
+            raise UserError(f"{where}: fields are kind, path, weight and name, not {', '.join(sorted(entry))}")
+        if "path" not in entry and entry["kind"] != "adapter":
+            raise UserError(f"{where}: path is missing")
+        path = str(entry.get("path") or own_adapter)
+        name = str(entry.get("name") or Path(path.partition(":")[0]).stem)
+        try:
+            weight = float(entry.get("weight", 1.0))
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: weight is a number, not {entry['weight']!r}") from None
+        if name in (s.name for s in sources):
+            raise UserError(f"{where}: a source named {name} is there already; give it another name")
+        if entry["kind"] == "adapter":
+            role = REWARD if not any(isinstance(s, AdapterReward) for s in sources) else f"{REWARD}_{i}"
+            base.load_adapter(role, Path(path))
+            if role not in base.heads:
+                raise UserError(f"{where}: {path} has no reward head; a SEQ_CLS adapter is wanted")
+            sources.append(AdapterReward(base, role, name, weight, batch))
+        elif entry["kind"] == "model":
+            sources.append(_classifier(config, path, name, weight))
+        elif entry["kind"] == "function":
+            sources.append(FunctionReward(_function(path, where), name, weight))
+        else:
+            raise UserError(f"{where}: kind is adapter, model or function, not {entry['kind']!r}")
+    return sources
+
+
+def _classifier(config: RunConfig, path: str, name: str, weight: float) -> ClassifierReward:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = resolved_model(path)
+    with explained(source, config), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        arguments = {**quantized_arguments(config), "quantization_config": None}
+        model = AutoModelForSequenceClassification.from_pretrained(source, **arguments).eval()
+    if model.config.num_labels != 1:
+        raise UserError(f"{path} has {model.config.num_labels} outputs; a reward model has one")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return ClassifierReward(model, tokenizer, name, weight, config.ppo.scoring_batch_size)
+
+
+def _function(path: str, where: str) -> Callable[..., Sequence[float]]:
+    """Return the function that `module:name` or `file.py:name` names."""
+    place, _, attribute = path.rpartition(":")
+    if not place or not attribute:
+        raise UserError(f"{where}: path of a function is written module:name or file.py:name, not {path}")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        function = getattr(module, attribute)
+    except FileNotFoundError:
+        raise UserError(f"{where}: no file {place}") from None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{where}: {path} cannot be imported: {error}") from None
+    if not callable(function):
+        raise UserError(f"{where}: {path} is no function")
+    return function  # type: ignore[no-any-return]

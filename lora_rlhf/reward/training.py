@@ -1,0 +1,80 @@
+"""Training the reward adapter with TRL's RewardTrainer, and its accuracy on held-out pairs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import get_peft_model_state_dict
+
+from lora_rlhf.base.adapters import HEAD_KEY, base_identity, lora_config, write_adapter
+from lora_rlhf.base.loading import load_reward_model
+from lora_rlhf.base.shared import REWARD, SharedBase
+from lora_rlhf.config import RunConfig
+from lora_rlhf.data.chat import answer_ids, prompt_ids
+from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.ppo.rollout import right_padded
+from lora_rlhf.trl_trainer import trainer_arguments, trl_run
+
+
+def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[PreferencePair], folder: Path) -> None:
+    """Train a LoRA reward adapter and write it to `folder` as a stock SEQ_CLS adapter, score head and all.
+
+    The loss is the pairwise logistic one; adapter and head are float32, whatever the base computes in.
+    """
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    rows = [{f"{side}_ids": ids for side, ids in sides.items()} for sides in map(_both_ids(tokenizer), pairs)]
+    torch.manual_seed(config.seed)
+    model = load_reward_model(config, tokenizer.pad_token_id)
+    identity = base_identity(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = RewardConfig(
+            **trainer_arguments(config, config.reward, scratch),
+            center_rewards_coefficient=config.reward.center_rewards_coefficient,
+            max_length=None,
+        )
+        trainer = RewardTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=lora_config(config.lora, "SEQ_CLS"),
+        )
+        trl_run(trainer, "reward")
+    state = get_peft_model_state_dict(trainer.model)
+    head = state.pop(HEAD_KEY)
+    write_adapter(folder, trainer.model.peft_config["default"], state, head, identity)
+
+
+def pair_scores(
+    base: SharedBase, role: str, tokenizer: Any, pairs: Sequence[PreferencePair], batch: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores of the chosen and of the rejected answers, float32 [pairs] each."""
+    both = [_both_ids(tokenizer)(pair) for pair in pairs]
+    sides = []
+    for side in ("chosen", "rejected"):
+        ids, mask = right_padded([sides[side] for sides in both], tokenizer.pad_token_id, base.device)
+        sides.append(base.scores(role, ids, mask, batch))
+    return sides[0], sides[1]
+
+
+def reward_accuracy(base: SharedBase, tokenizer: Any, pairs: Sequence[PreferencePair], batch: int) -> dict[str, Any]:
+    """Return the share of pairs whose chosen answer the reward role scores higher, and their number."""
+    chosen, rejected = pair_scores(base, REWARD, tokenizer, pairs, batch)
+    return {"accuracy": (chosen > rejected).float().mean().item(), "n": len(pairs)}
+
+
+def _both_ids(tokenizer: Any) -> Any:
+    def both(pair: PreferencePair) -> dict[str, list[int]]:
+        prompt = prompt_ids(tokenizer, pair.messages)
+        return {
+            "chosen": prompt + answer_ids(tokenizer, pair.chosen),
+            "rejected": prompt + answer_ids(tokenizer, pair.rejected),
+        }
+
+    return both

@@ -1,0 +1,261 @@
+"""The stages of a run, each a function: it does nothing where the output directory holds its result already."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_rlhf.base.adapters import lora_config
+from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer
+from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, SharedBase
+from lora_rlhf.config import RunConfig
+from lora_rlhf.data.chat import prompt_ids
+from lora_rlhf.data.preferences import PreferencePair, preference_pairs
+from lora_rlhf.data.rows import Split
+from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
+from lora_rlhf.evaluation.curves import write_curves
+from lora_rlhf.instruct import train_instruct_adapter
+from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
+from lora_rlhf.ppo.rollout import Sampling, sampled_answers
+from lora_rlhf.ppo.trainer import PpoTrainer
+from lora_rlhf.reward.sources import CombinedReward, ScoreScale, reward_sources
+from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
+from lora_rlhf.run import RunDirectory, write_text
+from lora_rlhf.terminal import arms_table, console, heading, note, progress, samples_table, step_heading, step_line
+
+
+@dataclass
+class Session:
+    """What the stages share: the run's directory, tokenizer and data, and the base while it is in memory."""
+
+    config: RunConfig
+    run: RunDirectory
+    tokenizer: Any
+    base: SharedBase | None = None
+    _pairs: dict[Split, list[PreferencePair]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, config: RunConfig) -> Session:
+        """Open the output directory and load the tokenizer.
+
+        Raises:
+            UserError: whatever is wrong with config, output directory or model, before any work is done.
+        """
+        chosen_backend(config)
+        bad_word_pattern(config.compare.bad_words_file)
+        tokenizer = load_tokenizer(config)
+        return cls(config, RunDirectory(config), tokenizer)
+
+    def pairs(self, split: Split) -> list[PreferencePair]:
+        """Return the preference pairs of a split, read once; says how many rows could not be used, and why."""
+        if split not in self._pairs:
+            self._pairs[split], report = preference_pairs(self.config, self.tokenizer, split)
+            note(f"  {split} pairs: {report}")
+        return self._pairs[split]
+
+    def shared_base(self) -> SharedBase:
+        """Return the shared base, loading it if it is not in memory."""
+        if self.base is None:
+            dtype = getattr(torch, self.config.dtype)
+            torch.manual_seed(self.config.seed)
+            self.base = SharedBase(load_causal_lm(self.config), lora_config(self.config.lora), dtype)
+        return self.base
+
+    def free_base(self) -> None:
+        """Let the base go, for a stage that loads its own."""
+        self.base = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def base_stage(session: Session) -> None:
+    """Download (once), load in 4 bits, and say what it takes; reads the data, so that bad data stops the run here."""
+    heading("base", session.config.model_name_or_path)
+    if session.run.finished("base"):
+        note("  done before")
+        return
+    with session.run.stage("base") as results:
+        for split in ("train", "test"):
+            session.pairs(split)
+        model = session.shared_base().causal_lm
+        size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
+        bits = "NF4, double quantisation" if session.config.load_in_4bit else session.config.dtype
+        note(f"  {type(model).__name__}, {bits}: {size / 2**20:,.1f} MiB of weights on {session.shared_base().device}")
+        results["base"] = {"name": session.config.model_name_or_path, "weights_mib": round(size / 2**20, 1)}
+
+
+def reward_stage(session: Session) -> None:
+    """Train the LoRA reward adapter and measure its accuracy on held-out pairs."""
+    heading("reward", "a LoRA reward adapter on preference pairs")
+    config, run = session.config, session.run
+    if config.ppo.reward_sources and not any("path" not in s for s in config.ppo.reward_sources):
+        note("  ppo.reward_sources names other rewards: no adapter is trained")
+        return
+    if run.finished("reward"):
+        note(f"  done before: accuracy {run.summary['reward_model']['accuracy']:.3f}")
+        return
+    with run.stage("reward") as results:
+        train, test = session.pairs("train"), session.pairs("test")
+        session.free_base()
+        train_reward_adapter(config, session.tokenizer, train, run / "reward_adapter")
+        base = session.shared_base()
+        base.load_adapter(REWARD, run / "reward_adapter")
+        results["reward_model"] = reward_accuracy(base, session.tokenizer, test, config.ppo.scoring_batch_size)
+        session.free_base()
+    note(f"  accuracy on {results['reward_model']['n']} held-out pairs: {results['reward_model']['accuracy']:.3f}")
+
+
+def instruct_stage(session: Session) -> None:
+    """Train the SFT arm, where the config names no instruct model."""
+    config, run = session.config, session.run
+    heading("instruct", config.instruct_model_name_or_path or "SFT on the chosen answers, as a LoRA adapter")
+    if config.instruct_model_name_or_path:
+        note("  named in the config: nothing to train")
+        return
+    if run.finished("instruct"):
+        note("  done before")
+        return
+    with run.stage("instruct"):
+        train = session.pairs("train")
+        session.free_base()
+        train_instruct_adapter(config, session.tokenizer, train, run / "instruct_adapter")
+
+
+def ppo_stage(session: Session) -> None:
+    """Train the policy adapter by PPO against the reward; the reference is the same base with adapters off."""
+    heading("ppo", "the policy adapter, against the reward; reference: the base with adapters off")
+    config, run = session.config, session.run
+    if run.finished("ppo"):
+        note(f"  done before: {run.summary['ppo']['steps']} steps")
+        return
+    if not config.ppo.reward_sources:
+        run.needed("reward_adapter/adapter_model.safetensors", "reward")
+    with run.stage("ppo") as results:
+        train = session.pairs("train")
+        session.free_base()
+        base = session.shared_base()
+        reward = CombinedReward(reward_sources(config, base, run / "reward_adapter"))
+        trainer = PpoTrainer(base, session.tokenizer, train, reward, config.ppo, config.seed)
+        metrics = _ppo_steps(trainer, config.ppo.total_steps, run)
+        base.save_adapter(POLICY, run / "policy_adapter")
+        base.save_adapter("value", run / "value_adapter")
+        write_text(run / "score_scales.json", json.dumps(trainer.normalization(), indent=1) + "\n")
+        write_curves(metrics, run / "curves.png")
+        seconds = sorted(m["seconds_rollout"] + m["seconds_score"] + m["seconds_update"] for m in metrics)
+        results["ppo"] = {
+            "steps": trainer.step_count,
+            "episodes": trainer.episodes,
+            "seconds_per_step": seconds[len(seconds) // 2],
+            "peak_memory_gib": metrics[-1]["peak_memory_gib"],
+            "stopped_early": trainer.stopped_early,
+        }
+    if trainer.stopped_early:
+        note(
+            f"  stopped early: {trainer.stopped_early}. A larger ppo.kl_coef or a smaller learning rate holds it back."
+        )
+
+
+def _ppo_steps(trainer: PpoTrainer, total: int, run: RunDirectory) -> list[dict[str, float]]:
+    """Take the steps, with a live line each in the terminal and one in `metrics.jsonl`."""
+    metrics: list[dict[str, float]] = []
+    with (run / "metrics.jsonl").open("w", encoding="utf-8") as file, progress("ppo: steps", total) as report:
+        console.print(step_heading(), soft_wrap=True)
+        while trainer.step_count < total and not trainer.stopped_early:
+            metrics.append(trainer.step())
+            file.write(json.dumps(metrics[-1]) + "\n")
+            file.flush()
+            console.print(step_line(metrics[-1]), soft_wrap=True)
+            report(trainer.step_count)
+    return metrics
+
+
+def merge_stage(session: Session) -> None:
+    """Merge the policy adapter into both 16-bit targets, measure the drift of each, and keep the one asked for."""
+    config, run = session.config, session.run
+    heading("merge", f"Plus in 16 bits, from the {config.merge.target} weights")
+    if run.finished("merge"):
+        note(f"  done before: {run / 'merged'}")
+        return
+    run.needed("policy_adapter/adapter_model.safetensors", "ppo")
+    with run.stage("merge") as results:
+        test = session.pairs("test")[: config.merge.drift_prompts]
+        base = _base_with_policy(session)
+        s = config.ppo
+        prompts = [prompt_ids(session.tokenizer, pair.messages) for pair in test]
+        generator = torch.Generator().manual_seed(config.seed)
+        sampling = Sampling(s.response_length, s.temperature, tuple(s.stop_strings), expand_weights=False)
+        rollout = sampled_answers(base, POLICY, prompts, sampling, session.tokenizer, generator)
+        drift = {}
+        for target in TARGETS:
+            weights = dequantized_layers(base) if target == "dequantized" else None
+            model = merged_model(config, run / "policy_adapter", weights)
+            drift[target] = merge_drift(base, model, rollout, s.temperature, s.logits_chunk_size)
+            if target == config.merge.target:
+                write_merged(model, session.tokenizer, s.stop_strings, s.response_length, run / "merged")
+            del model, weights
+            gc.collect()
+        results["merge"] = {"target": config.merge.target, "drift": drift}
+    note("  mean drift of log-probs (nats per token): " + ", ".join(f"{t} {d:.4f}" for t, d in drift.items()))
+
+
+def compare_stage(session: Session) -> None:
+    """Let base, Instruct and Plus answer held-out prompts, and count."""
+    heading("compare", "base, Instruct and Plus on held-out prompts")
+    config, run = session.config, session.run
+    if not run.finished("compare"):
+        run.needed("policy_adapter/adapter_model.safetensors", "ppo")
+        if not config.instruct_model_name_or_path:
+            run.needed("instruct_adapter/adapter_model.safetensors", "instruct")
+        with run.stage("compare") as results:
+            pairs = session.pairs("test")[: config.compare.num_prompts]
+            arms = _arms(session, pairs)
+            words = bad_word_pattern(config.compare.bad_words_file)
+            results["arms"] = {name: arm_summary(arm, arms["base"], words) for name, arm in arms.items()}
+            samples = {"prompts": [p.messages[-1]["content"] for p in pairs]}
+            samples |= {name: arm.texts for name, arm in arms.items()}  # type: ignore[misc]
+            write_text(run / "samples.json", json.dumps(samples, indent=1) + "\n")
+    console.print(arms_table(run.summary["arms"]))
+    samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))
+    prompts = samples.pop("prompts")
+    console.print(samples_table(prompts[:3], {arm: texts[:3] for arm, texts in samples.items()}))
+
+
+def _arms(session: Session, pairs: list[PreferencePair]) -> dict[str, ArmAnswers]:
+    config, run, tokenizer = session.config, session.run, session.tokenizer
+    base = _base_with_policy(session)
+    reward = CombinedReward(reward_sources(config, base, run / "reward_adapter"))
+    held = json.loads(run.needed("score_scales.json", "ppo").read_text(encoding="utf-8"))
+    reward.scales = {name: ScoreScale(**scale) for name, scale in held["scales"].items()}
+
+    def by_role(role: str) -> Callable[[], ArmAnswers]:
+        return lambda: role_answers(base, role, tokenizer, pairs, reward, config, config.seed)
+
+    def by_instruct_model() -> ArmAnswers:
+        name = config.instruct_model_name_or_path
+        model, own_tokenizer = load_causal_lm(config, name), load_tokenizer(config, name)
+        return model_arm_answers(base, tokenizer, model, own_tokenizer, pairs, reward, config, config.seed)
+
+    makers = {"base": by_role(REFERENCE), "instruct": by_instruct_model, "plus": by_role(POLICY)}
+    if not config.instruct_model_name_or_path:
+        base.load_adapter(INSTRUCT, run / "instruct_adapter")
+        makers["instruct"] = by_role(INSTRUCT)
+    arms = {}
+    with progress("compare: arms", len(makers)) as report:
+        for name, make in makers.items():
+            arms[name] = make()
+            report(len(arms))
+    return arms
+
+
+def _base_with_policy(session: Session) -> SharedBase:
+    """Return the base with the finished policy adapter: the one in memory after PPO, or loaded from the run."""
+    session.free_base()
+    base = session.shared_base()
+    base.replace_adapter(POLICY, session.run / "policy_adapter")
+    return base

@@ -1,0 +1,98 @@
+"""What a run shows in the terminal: headings, progress bars, tables, and errors without a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lora_rlhf.errors import UserError
+
+console = Console(highlight=False)
+
+
+def run_recipe(main: Callable[[], None]) -> None:
+    """Call `main`; errors meant for people are printed as such (status 2), Ctrl-C ends with status 130."""
+    for name in ("transformers", "datasets", "bitsandbytes", "torch", "trl", "accelerate", "peft", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    try:
+        main()
+    except UserError as error:
+        console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("\nstopped. The same command goes on with the first stage that is not finished.")
+        sys.exit(130)
+
+
+def heading(stage: str, text: str) -> None:
+    """Print the heading of a stage."""
+    console.rule(Text.assemble((stage, "bold cyan"), f"  {text}"), align="left")
+
+
+def note(text: str) -> None:
+    """Print a line of plain text."""
+    console.print(Text(text), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show a progress bar; the block calls what it is given with the number of finished pieces (and of all)."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console, transient=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done, of=None: bar.update(task, completed=done, total=total if of is None else of)
+
+
+STEP_COLUMNS = (
+    ("step", "step", "{:.0f}"), ("reward", "reward", "{:+.2f}"), ("score", "score", "{:+.2f}"), ("kl", "kl", "{:.2f}"),
+    ("entropy", "entropy", "{:.2f}"), ("value_loss", "v.loss", "{:.2f}"), ("ratio", "ratio", "{:.3f}"),
+    ("clip_fraction", "clip", "{:.2f}"), ("response_length", "length", "{:.1f}"), ("ended_rate", "ended", "{:.0%}"),
+    ("samples_per_second", "smp/s", "{:.2f}"), ("peak_memory_gib", "GiB", "{:.1f}"),
+)  # fmt: skip
+
+
+def step_heading() -> str:
+    """Return the line above the PPO steps."""
+    return " ".join(f"{title:>8}" for _, title, _ in STEP_COLUMNS)
+
+
+def step_line(metrics: Mapping[str, float]) -> str:
+    """Return the line of one PPO step."""
+    return " ".join(f"{form.format(metrics[key]):>8}" for key, _, form in STEP_COLUMNS)
+
+
+def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the table that compares the arms."""
+    table = Table(title="held-out prompts", title_justify="left")
+    for column in ("arm", "reward (ref. sd)", "win rate vs base", "KL to base", "ended", "bad words", "n"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for name, arm in arms.items():
+        kl = "-" if arm["kl_to_base"] is None else f"{arm['kl_to_base']:.2f}"
+        rates = [f"{arm[key]:.0%}" for key in ("win_rate_vs_base", "ended_rate", "bad_word_rate")]
+        reward = f"{arm['reward_mean']:+.2f} ± {arm['reward_sem']:.2f}"
+        table.add_row(name, reward, rates[0], kl, *rates[1:], str(arm["n"]))
+    return table
+
+
+def samples_table(prompts: list[str], answers: Mapping[str, list[str]]) -> Table:
+    """Return sample answers, one column per arm."""
+    table = Table(title="sample answers", title_justify="left", show_lines=True)
+    table.add_column("prompt", ratio=1)
+    for arm in answers:
+        table.add_column(arm, ratio=2)
+    for i, prompt in enumerate(prompts):
+        table.add_row(Text(prompt), *(Text(texts[i]) for texts in answers.values()))
+    return table

@@ -1,0 +1,19 @@
+"""The compare stage alone: base, Instruct and Plus on held-out prompts.
+
+    python recipes/compare_lora.py --output_dir runs/embedded
+
+Writes the arms of summary.json, and samples.json.
+Takes every option of recipes/direct_rlhf_lora.py; the same --config and --output_dir make it part of the same run.
+"""
+
+from lora_rlhf.config_file import config_from_command_line
+from lora_rlhf.stages import Session, compare_stage
+from lora_rlhf.terminal import run_recipe
+
+
+def main() -> None:
+    compare_stage(Session.open(config_from_command_line(__doc__)))
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,19 @@
+"""The PPO stage alone: the policy adapter, trained against the reward adapter that the run holds.
+
+    python recipes/ppo_lora.py --output_dir runs/embedded
+
+Writes policy_adapter/, value_adapter/, metrics.jsonl and curves.png.
+Takes every option of recipes/direct_rlhf_lora.py; the same --config and --output_dir make it part of the same run.
+"""
+
+from lora_rlhf.config_file import config_from_command_line
+from lora_rlhf.stages import Session, ppo_stage
+from lora_rlhf.terminal import run_recipe
+
+
+def main() -> None:
+    ppo_stage(Session.open(config_from_command_line(__doc__)))
+
+
+if __name__ == "__main__":
+    run_recipe(main)

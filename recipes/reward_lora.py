@@ -1,0 +1,19 @@
+"""The reward stage alone: a LoRA reward adapter trained on preference pairs by TRL's RewardTrainer.
+
+    python recipes/reward_lora.py --output_dir runs/embedded
+
+Writes reward_adapter/, which AutoModelForSequenceClassification and PEFT load, score head and all.
+Takes every option of recipes/direct_rlhf_lora.py; the same --config and --output_dir make it part of the same run.
+"""
+
+from lora_rlhf.config_file import config_from_command_line
+from lora_rlhf.stages import Session, reward_stage
+from lora_rlhf.terminal import run_recipe
+
+
+def main() -> None:
+    reward_stage(Session.open(config_from_command_line(__doc__)))
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,19 @@
+"""The instruct stage alone: SFT on the chosen answers by TRL's SFTTrainer, as a LoRA adapter.
+
+    python recipes/sft_lora.py --output_dir runs/embedded
+
+Writes instruct_adapter/.
+Takes every option of recipes/direct_rlhf_lora.py; the same --config and --output_dir make it part of the same run.
+"""
+
+from lora_rlhf.config_file import config_from_command_line
+from lora_rlhf.stages import Session, instruct_stage
+from lora_rlhf.terminal import run_recipe
+
+
+def main() -> None:
+    instruct_stage(Session.open(config_from_command_line(__doc__)))
+
+
+if __name__ == "__main__":
+    run_recipe(main)
