@@ -1,0 +1,83 @@
+"""Fixtures: a tiny Mistral in a folder, configs for it, and shared bases with all four roles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+torch.set_num_threads(2)
+
+from lora_rlhf.base.adapters import lora_config
+from lora_rlhf.base.embedded import build_tiny_model
+from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.shared import REWARD, VALUE, SharedBase
+from lora_rlhf.config import LoraSettings, PpoSettings, RunConfig
+
+HH = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model cache of the test session's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["LORA_RLHF_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer random Mistral with a tokenizer and the ChatML template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    build_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture
+def make_config(tiny_folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """A config of the tiny model in float32; keywords replace fields, `ppo` takes a mapping."""
+
+    def make(ppo: dict[str, Any] | None = None, **fields: Any) -> RunConfig:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "model_name_or_path": str(tiny_folder),
+            "dtype": "float32",
+            "lora": LoraSettings(r=4, lora_alpha=8),
+            "ppo": PpoSettings(**({"batch_size": 4, "micro_batch_size": 2, "response_length": 8} | (ppo or {}))),
+        }
+        return RunConfig(**(defaults | fields))
+
+    return make
+
+
+@pytest.fixture
+def tokenizer(make_config: Callable[..., RunConfig]) -> Any:
+    return load_tokenizer(make_config())
+
+
+@pytest.fixture
+def make_base(make_config: Callable[..., RunConfig]) -> Callable[..., SharedBase]:
+    """A shared base with policy and `roles`; every adapter and head has random, non-zero weights."""
+
+    def make(
+        config: RunConfig | None = None, seed: int = 0, roles: tuple[str, ...] = (REWARD, VALUE)
+    ) -> SharedBase:
+        config = config or make_config()
+        base = SharedBase(load_causal_lm(config), lora_config(config.lora), getattr(torch, config.dtype))
+        for role in roles:
+            base.new_adapter(role, lora_config(config.lora), trainable=role == VALUE)
+        base.set_trainable("policy", True)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for role in ("policy", *roles):
+                for parameter in base.parameters(role):
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return base
+
+    return make

@@ -1,0 +1,152 @@
+"""Our PPO step equals an independent, deliberately slow one: separate models, one unpadded answer at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+
+from lora_rlhf.base.loading import load_causal_lm
+from lora_rlhf.base.shared import REWARD
+from lora_rlhf.data.preferences import preference_pairs
+from lora_rlhf.ppo.trainer import PpoTrainer
+from lora_rlhf.reward.sources import AdapterReward, CombinedReward
+
+STEPS = 3
+
+
+class SlowPpo:
+    """Plain PyTorch on four separately loaded models; shares no code with lora_rlhf.ppo."""
+
+    def __init__(self, config, folder, trainer, scale):
+        self.s, self.scale = config.ppo, scale
+        self.models, self.heads = {}, {}
+        for role in ("policy", "reward", "value"):
+            file = folder / role / "adapter_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "CAUSAL_LM", "modules_to_save": None}))
+            self.models[role] = PeftModel.from_pretrained(load_causal_lm(config), str(folder / role), is_trainable=True)
+            self.models[role].eval()
+        self.models["reference"] = load_causal_lm(config)
+        for role in ("reward", "value"):
+            self.heads[role] = torch.nn.Parameter(trainer.base.heads[role].weight.detach().clone())
+        self.parameters = [p for r in ("policy", "value") for p in self.models[r].parameters() if p.requires_grad]
+        self.parameters.append(self.heads["value"])
+        self.first = [torch.zeros_like(p) for p in self.parameters]
+        self.second = [torch.zeros_like(p) for p in self.parameters]
+        self.updates, self.steps = 0, 0
+
+    def states(self, role, ids):
+        model = self.models[role]
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        return causal.model(torch.tensor([ids])).last_hidden_state[0], causal.lm_head.weight
+
+    def logprobs(self, role, prompt, answer):
+        states, head = self.states(role, prompt + answer)
+        all_logprobs = torch.log_softmax(states @ head.T / self.s.temperature, -1)
+        return torch.stack([all_logprobs[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
+
+    def values(self, prompt, answer):
+        states, _ = self.states("value", prompt + answer)
+        shift = self.scale.mean / self.scale.std
+        return torch.stack([states[len(prompt) - 1 + t] @ self.heads["value"][0] for t in range(len(answer) + 1)]) - shift
+
+    def step(self, rollout, orders):
+        s = self.s
+        cut = lambda ids, mask: [[int(i) for i, m in zip(r, k, strict=True) if m] for r, k in zip(ids, mask, strict=True)]  # noqa: E731
+        prompts = cut(rollout.query_ids, rollout.query_mask)
+        answers = cut(rollout.response_ids, rollout.action_mask)
+        texts = cut(rollout.text_ids, rollout.text_mask)
+        old, old_values, returns, advantages = [], [], [], []
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            with torch.no_grad():
+                logp, ref = self.logprobs("policy", prompt, answer), self.logprobs("reference", prompt, answer)
+                value = self.values(prompt, answer)
+                score = (self.states("reward", texts[i])[0][-1] @ self.heads["reward"][0] - self.scale.mean) / self.scale.std
+            if not rollout.ended[i]:
+                score = score - s.missing_eos_penalty
+            rewards = [-s.kl_coef * float(d) for d in logp - ref] + [float(score)]
+            n = len(rewards)
+            delta = [rewards[t] + (float(value[t + 1]) if t + 1 < n else 0.0) - float(value[t]) for t in range(n)]
+            adv = [sum(s.lam ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]  # gamma is 1
+            old.append(logp), old_values.append(value), advantages.append(torch.tensor(adv[:-1]))
+            returns.append(torch.tensor([a + float(v) for a, v in zip(adv, value, strict=True)]))
+        flat = torch.cat(advantages)
+        mean, std = flat.mean(), math.sqrt(float(flat.var()) + 1e-8)
+        for order in orders:
+            size = len(order) // s.num_mini_batches
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                self.one_update(rows, prompts, answers, old, old_values, returns, [(a - mean) / std for a in advantages])
+        self.steps += 1
+
+    def one_update(self, rows, prompts, answers, old, old_values, returns, advantages):
+        s = self.s
+        policy_terms, value_terms = [], []
+        for i in rows:
+            ratio = torch.exp(self.logprobs("policy", prompts[i], answers[i]) - old[i])
+            for rho, a in zip(ratio, advantages[i], strict=True):
+                policy_terms.append(-torch.min(rho * a, torch.clamp(rho, 1 - s.cliprange, 1 + s.cliprange) * a))
+            for v, v_old, ret in zip(self.values(prompts[i], answers[i]), old_values[i], returns[i], strict=True):
+                near = v_old + torch.clamp(v - v_old, -s.cliprange_value, s.cliprange_value)
+                value_terms.append(0.5 * torch.max((v - ret) ** 2, (near - ret) ** 2))
+        loss = sum(policy_terms) / len(policy_terms) + s.vf_coef * sum(value_terms) / len(value_terms)
+        grads = torch.autograd.grad(loss, self.parameters)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
+        factor = min(1.0, s.max_grad_norm / (norm + 1e-6))
+        self.updates += 1
+        rate = s.learning_rate * (1 - self.steps / s.total_steps)
+        with torch.no_grad():
+            for p, g, m, v in zip(self.parameters, grads, self.first, self.second, strict=True):
+                m.mul_(0.9).add_(0.1 * factor * g)
+                v.mul_(0.999).add_(0.001 * (factor * g) ** 2)
+                m_hat, v_hat = m / (1 - 0.9**self.updates), v / (1 - 0.999**self.updates)
+                p.sub_(rate * m_hat / (v_hat.sqrt() + 1e-5))
+
+
+@pytest.mark.parametrize(
+    "fast_paths",
+    [{}, {"mixed_adapter_scoring": True, "expand_rollout_weights": False}, {"gradient_checkpointing": True}],
+    ids=["default", "mixed", "checkpointing"],
+)
+def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer, tmp_path, fast_paths):
+    settings = {
+        "total_steps": 5, "batch_size": 6, "num_ppo_epochs": 2, "num_mini_batches": 2, "micro_batch_size": 2,
+        "response_length": 6, "temperature": 0.7, "stop_strings": ["e"], "kl_coef": 0.1, "learning_rate": 1e-3,
+        "normalization_samples": 6, "update_kl_limit": None, "max_kl": None, "logits_chunk_size": 5,
+    }  # fmt: skip
+    config = make_config(ppo=settings | fast_paths, max_train_pairs=12)
+    base = make_base(config, roles=(REWARD,))
+    pairs, _ = preference_pairs(config, tokenizer, "train")
+    trainer = PpoTrainer(base, tokenizer, pairs, CombinedReward([AdapterReward(base)]), config.ppo, seed=3)
+    for role in ("policy", "reward", "value"):
+        base.save_adapter(role, tmp_path / role)
+    slow = SlowPpo(config, tmp_path, trainer, trainer.reward.scales[REWARD])
+
+    rollouts, orders = [], []
+    plain_rollout, plain_update = trainer._rollout, trainer.update
+
+    def recorded_rollout(role, chosen):
+        rollouts.append(plain_rollout(role, chosen))
+        return rollouts[-1]
+
+    def recorded_update(rollout, *rest):
+        state = trainer.generator.get_state()
+        orders.append([torch.randperm(6, generator=trainer.generator).tolist() for _ in range(2)])
+        trainer.generator.set_state(state)
+        return plain_update(rollout, *rest)
+
+    trainer._rollout, trainer.update = recorded_rollout, recorded_update
+    before = [p.detach().clone() for r in ("policy", "value") for p in base.parameters(r)]
+    for step in range(STEPS):
+        metrics = trainer.step()
+        assert metrics["first_ratio_deviation"] < 1e-5
+        slow.step(rollouts[step], orders[step])
+    ours = [p.detach() for r in ("policy", "value") for p in base.parameters(r)]
+    assert any(r.ended.any() for r in rollouts) and not all(r.ended.all() for r in rollouts)
+    assert len(ours) == len(slow.parameters)
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, before, strict=True)) > 1e-3
+    for mine, theirs in zip(ours, slow.parameters, strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=0, atol=1e-5)
