@@ -97,7 +97,7 @@ def _leaves(kind: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[An
         if dataclasses.is_dataclass(annotation):
             yield from _leaves(annotation, f"{prefix}{spec.name}.")  # type: ignore[arg-type]
         else:
-            default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[misc]
+            default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[operator]
             yield f"{prefix}{spec.name}", spec, annotation, default
 
 

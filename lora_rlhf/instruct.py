@@ -56,7 +56,7 @@ def _sft_trainer_class() -> Any:
     if importlib.util.find_spec("triton") is not None:
         return SFTTrainer
 
-    class PlainLossTrainer(SFTTrainer):  # type: ignore[misc]
+    class PlainLossTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any) -> Any:
             return Trainer.compute_loss(self, model, inputs | {"use_cache": False}, return_outputs, **rest)
 

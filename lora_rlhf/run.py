@@ -57,7 +57,7 @@ class RunDirectory:
     def summary(self) -> dict[str, Any]:
         """What finished stages reported so far."""
         try:
-            return json.loads((self / "summary.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+            return json.loads((self / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except json.JSONDecodeError:

@@ -20,6 +20,7 @@ from lora_rlhf.data.rows import Split
 from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
 from lora_rlhf.evaluation.curves import write_curves
 from lora_rlhf.instruct import train_instruct_adapter
+from lora_rlhf.memory_peak import reset_peak_memory
 from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
 from lora_rlhf.ppo.rollout import Sampling, sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
@@ -140,6 +141,7 @@ def ppo_stage(session: Session) -> None:
         train = session.pairs("train")
         session.free_base()
         base = session.shared_base()
+        reset_peak_memory(base.device)
         reward = CombinedReward(reward_sources(config, base, run / "reward_adapter"))
         trainer = PpoTrainer(base, session.tokenizer, train, reward, config.ppo, config.seed)
         metrics = _ppo_steps(trainer, config.ppo.total_steps, run)
@@ -218,7 +220,7 @@ def compare_stage(session: Session) -> None:
             words = bad_word_pattern(config.compare.bad_words_file)
             results["arms"] = {name: arm_summary(arm, arms["base"], words) for name, arm in arms.items()}
             samples = {"prompts": [p.messages[-1]["content"] for p in pairs]}
-            samples |= {name: arm.texts for name, arm in arms.items()}  # type: ignore[misc]
+            samples |= {name: arm.texts for name, arm in arms.items()}
             write_text(run / "samples.json", json.dumps(samples, indent=1) + "\n")
     console.print(arms_table(run.summary["arms"]))
     samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))

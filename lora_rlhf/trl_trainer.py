@@ -55,7 +55,7 @@ def trl_run(trainer: Any, name: str) -> None:
         torch.cuda.empty_cache()
 
 
-class _Bar(TrainerCallback):  # type: ignore[misc]
+class _Bar(TrainerCallback):
     def __init__(self, report: Any, name: str) -> None:
         self.report, self.name = report, name
 

@@ -65,9 +65,7 @@ def tokenizer(make_config: Callable[..., RunConfig]) -> Any:
 def make_base(make_config: Callable[..., RunConfig]) -> Callable[..., SharedBase]:
     """A shared base with policy and `roles`; every adapter and head has random, non-zero weights."""
 
-    def make(
-        config: RunConfig | None = None, seed: int = 0, roles: tuple[str, ...] = (REWARD, VALUE)
-    ) -> SharedBase:
+    def make(config: RunConfig | None = None, seed: int = 0, roles: tuple[str, ...] = (REWARD, VALUE)) -> SharedBase:
         config = config or make_config()
         base = SharedBase(load_causal_lm(config), lora_config(config.lora), getattr(torch, config.dtype))
         for role in roles:

@@ -54,4 +54,4 @@ def token_logprobs(
         temperature: divides the logits.
         chunk: rows whose logits exist at one time.
     """
-    return _TokenLogProbs.apply(hidden, weight, tokens, temperature, chunk)  # type: ignore[no-any-return, no-untyped-call]
+    return _TokenLogProbs.apply(hidden, weight, tokens, temperature, chunk)

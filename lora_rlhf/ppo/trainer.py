@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import psutil
 import torch
 
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.memory_peak import peak_memory_gib
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, kl_estimate, policy_loss, value_loss
 from lora_rlhf.ppo.rollout import Rollout, Sampling, sampled_answers
@@ -261,15 +261,3 @@ class PpoTrainer:
     def normalization(self) -> dict[str, Any]:
         """Return what normalises scores and values, to be kept beside the adapters."""
         return {"scales": {n: asdict(s) for n, s in self.reward.scales.items()}, "value_offset": self.value_offset}
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak so far: allocated CUDA memory, or this process's resident memory, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().peak_wset / 2**30  # type: ignore[attr-defined]

@@ -233,4 +233,4 @@ def _function(path: str, where: str) -> Callable[..., Sequence[float]]:
         raise UserError(f"{where}: {path} cannot be imported: {error}") from None
     if not callable(function):
         raise UserError(f"{where}: {path} is no function")
-    return function  # type: ignore[no-any-return]
+    return function

@@ -103,7 +103,9 @@ def test_padding_changes_no_state(make_base):
         for role in ROLES:
             states = base.hidden(role, ids, mask)
             for i in range(3):
-                alone = base.hidden(role, ids[i : i + 1][:, mask[i]], torch.ones(1, int(mask[i].sum()), dtype=torch.bool))
+                alone = base.hidden(
+                    role, ids[i : i + 1][:, mask[i]], torch.ones(1, int(mask[i].sum()), dtype=torch.bool)
+                )
                 torch.testing.assert_close(states[i][mask[i]], alone[0], rtol=1e-4, atol=1e-5)
 
 

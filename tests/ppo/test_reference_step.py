@@ -26,7 +26,9 @@ class SlowPpo:
         self.models, self.heads = {}, {}
         for role in ("policy", "reward", "value"):
             file = folder / role / "adapter_config.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "CAUSAL_LM", "modules_to_save": None}))
+            file.write_text(
+                json.dumps(json.loads(file.read_text()) | {"task_type": "CAUSAL_LM", "modules_to_save": None})
+            )
             self.models[role] = PeftModel.from_pretrained(load_causal_lm(config), str(folder / role), is_trainable=True)
             self.models[role].eval()
         self.models["reference"] = load_causal_lm(config)
@@ -51,11 +53,16 @@ class SlowPpo:
     def values(self, prompt, answer):
         states, _ = self.states("value", prompt + answer)
         shift = self.scale.mean / self.scale.std
-        return torch.stack([states[len(prompt) - 1 + t] @ self.heads["value"][0] for t in range(len(answer) + 1)]) - shift
+        return (
+            torch.stack([states[len(prompt) - 1 + t] @ self.heads["value"][0] for t in range(len(answer) + 1)]) - shift
+        )
 
     def step(self, rollout, orders):
         s = self.s
-        cut = lambda ids, mask: [[int(i) for i, m in zip(r, k, strict=True) if m] for r, k in zip(ids, mask, strict=True)]  # noqa: E731
+
+        def cut(ids, mask):
+            return [[int(i) for i, m in zip(r, k, strict=True) if m] for r, k in zip(ids, mask, strict=True)]
+
         prompts = cut(rollout.query_ids, rollout.query_mask)
         answers = cut(rollout.response_ids, rollout.action_mask)
         texts = cut(rollout.text_ids, rollout.text_mask)
@@ -64,7 +71,9 @@ class SlowPpo:
             with torch.no_grad():
                 logp, ref = self.logprobs("policy", prompt, answer), self.logprobs("reference", prompt, answer)
                 value = self.values(prompt, answer)
-                score = (self.states("reward", texts[i])[0][-1] @ self.heads["reward"][0] - self.scale.mean) / self.scale.std
+                score = (
+                    self.states("reward", texts[i])[0][-1] @ self.heads["reward"][0] - self.scale.mean
+                ) / self.scale.std
             if not rollout.ended[i]:
                 score = score - s.missing_eos_penalty
             rewards = [-s.kl_coef * float(d) for d in logp - ref] + [float(score)]
@@ -79,7 +88,9 @@ class SlowPpo:
             size = len(order) // s.num_mini_batches
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
-                self.one_update(rows, prompts, answers, old, old_values, returns, [(a - mean) / std for a in advantages])
+                self.one_update(
+                    rows, prompts, answers, old, old_values, returns, [(a - mean) / std for a in advantages]
+                )
         self.steps += 1
 
     def one_update(self, rows, prompts, answers, old, old_values, returns, advantages):

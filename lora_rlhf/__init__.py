@@ -1,0 +1,13 @@
+"""Direct RLHF on one GPU: QLoRA PPO in which policy, reference, reward and value share one 4-bit base.
+
+Rooms, as data flows: `config` → `data` → `base` → `reward` → `ppo` → `merge` → `evaluation`; `stages` strings them
+together for the recipes.
+"""
+
+from importlib.metadata import version
+
+from lora_rlhf.config import RunConfig
+from lora_rlhf.errors import UserError
+
+__all__ = ["RunConfig", "UserError", "__version__"]
+__version__ = version("lora-rlhf")

@@ -1,0 +1,346 @@
+"""Rollouts: what is drawn, where answers end, and that the batch, the cache and the padding do not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MistralConfig
+
+from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
+from lora_rlhf.ppo.rollout import (
+    Rollout,
+    Sampling,
+    inverse_cdf,
+    left_padded,
+    model_answers,
+    right_padded,
+    sampled_answers,
+)
+
+CPU = torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# -- drawing from a distribution --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1e-4, 1), min_size=1, max_size=30), st.floats(0.05, 0.95))
+def test_a_uniform_number_inside_a_tokens_interval_draws_that_token(weights: list[float], where: float) -> None:
+    probs = torch.tensor(weights) / sum(weights)
+    upper = probs.double().cumsum(0)
+    aims = (upper - (1 - where) * probs.double()).float()
+    assert inverse_cdf(probs.expand(len(probs), -1), aims).tolist() == list(range(len(probs)))
+
+
+def test_the_edges_of_the_unit_interval_draw_possible_tokens_only() -> None:
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]).expand(4, -1)
+    uniform = torch.tensor([0.0, 0.2499, 0.2501, 1 - 2**-24])
+    assert inverse_cdf(probs, uniform).tolist() == [1, 1, 3, 3]
+
+
+def test_every_row_uses_its_own_probabilities_and_number() -> None:
+    probs = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
+    assert inverse_cdf(probs, torch.tensor([0.5, 0.5])).tolist() == [0, 1]
+    assert inverse_cdf(probs, torch.tensor([0.95, 0.05])).tolist() == [1, 0]
+
+
+def test_tokens_are_drawn_from_the_full_distribution(
+    make_base: Callable[..., SharedBase], tokenizer: Any
+) -> None:
+    base, prompt, rows = make_base(), [5, 60, 70], 6000
+    drawn = sampled_answers(base, POLICY, [prompt] * rows, Sampling(1, 1.0), tokenizer, generator()).response_ids[:, 0]
+    probs = next_probs(base, POLICY, prompt, temperature=1.0)
+    counts = torch.bincount(drawn, minlength=len(probs))
+    # Pearson's χ² over 512 tokens: mean 511, deviation √1022 = 32. Five deviations above the mean is a wrong sampler.
+    chi_square = ((counts - rows * probs) ** 2 / (rows * probs)).sum().item()
+    assert chi_square < 511 + 5 * 32
+    rarest_half = probs.argsort()[: len(probs) // 2]
+    assert counts[rarest_half].sum() > 0.8 * rows * probs[rarest_half].sum()  # no top-k, no top-p
+
+
+def test_the_least_likely_token_can_be_drawn(
+    make_base: Callable[..., SharedBase], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, prompt = make_base(), [5, 60, 70]
+    probs = next_probs(base, POLICY, prompt, temperature=1.0)
+    rarest = int(probs.argmin())
+    middle = (probs.double().cumsum(0)[rarest] - probs[rarest] / 2).float()
+    monkeypatch.setattr(torch, "rand", lambda size, **_: middle.expand(size))
+    assert sampled_answers(base, POLICY, [prompt], Sampling(1, 1.0), tokenizer, generator()).response_ids == rarest
+
+
+# -- where answers end: a scripted model ------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A "transformer" that reads its whole past from the cache and puts all its mass on the next token of a script.
+
+    The past goes through the real cache and attention mask, so that a row which is dropped, reordered or wrongly
+    padded finds another row's script, or none.
+    """
+
+    def __init__(self, scripts: dict[tuple[int, ...], list[int]], vocabulary: int = 512) -> None:
+        self.scripts, self.batches = scripts, []
+        self.config = MistralConfig(num_hidden_layers=1, sliding_window=None)
+        self.lm_head = SimpleNamespace(weight=torch.eye(vocabulary))
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
+        self.batches.append(len(input_ids))
+        as_keys = input_ids[:, None, :, None].float()
+        past = past_key_values.update(as_keys, as_keys, 0)[0][:, 0, :, 0].long()
+        states = torch.zeros(*input_ids.shape, len(self.lm_head.weight))
+        for i, (row, mask) in enumerate(zip(past, attention_mask, strict=True)):
+            states[i, -1, self._next(tuple(row[mask].tolist()))] = 60.0
+        return SimpleNamespace(last_hidden_state=states)
+
+    def _next(self, past: tuple[int, ...]) -> int:
+        prompt = next(p for p in self.scripts if past[: len(p)] == p)
+        said, script = list(past[len(prompt) :]), self.scripts[prompt]
+        assert said[: len(script)] == script[: len(said)]
+        return script[len(said)] if len(said) < len(script) else 300  # babbles on after its script
+
+
+def scripted_rollout(
+    answers: Sequence[Sequence[int]], tokenizer: Any, length: int, stop_strings: tuple[str, ...] = ()
+) -> tuple[Rollout, Scripted]:
+    """The rollout of a model that gives these answers to prompts of growing length."""
+    prompts = [(*[250] * i, 251 + i) for i in range(len(answers))]
+    model = Scripted(dict(zip(prompts, map(list, answers), strict=True)))
+    sampling = Sampling(length, 1.0, stop_strings)
+    return model_answers(model, model.lm_head, prompts, sampling, tokenizer, generator()), model
+
+
+def spelled(tokenizer: Any, *texts: str) -> list[int]:
+    """Ids of texts that are tokenised each on its own."""
+    return [i for text in texts for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def test_an_answer_ends_at_its_first_eos_and_what_follows_is_masked_padding(tokenizer: Any) -> None:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    hi = spelled(tokenizer, "hi")
+    rollout, _ = scripted_rollout([[*hi, eos, *hi, eos], hi * 9], tokenizer, length=len(hi) + 4)
+    n, rest = len(hi) + 1, 3
+    assert rollout.response_ids[0].tolist() == [*hi, eos] + [pad] * rest
+    assert rollout.action_mask[0].tolist() == [True] * n + [False] * rest
+    assert rollout.score_ids[0].tolist() == rollout.response_ids[0].tolist()
+    assert torch.equal(rollout.score_mask, rollout.action_mask)
+    assert rollout.ended.tolist() == [True, False]
+    assert rollout.action_mask[1].all()
+    assert rollout.texts[0] == "hi"
+    assert (rollout.sampled_logprobs[0, n:] == 0).all()
+
+
+def test_an_answer_may_end_at_once_or_with_its_very_last_token(tokenizer: Any) -> None:
+    eos = tokenizer.eos_token_id
+    rollout, _ = scripted_rollout([[eos], [70, 71, eos]], tokenizer, length=3)
+    assert rollout.ended.tolist() == [True, True]
+    assert rollout.action_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert rollout.texts[0] == ""
+
+
+def test_decoding_stops_when_every_answer_has_ended_and_ended_rows_are_dropped(tokenizer: Any) -> None:
+    eos = tokenizer.eos_token_id
+    answers = [[70 + i] * i + [eos] for i in range(8)]
+    rollout, model = scripted_rollout(answers, tokenizer, length=50)
+    for row, answer in zip(rollout.response_ids.tolist(), answers, strict=True):
+        assert row[: len(answer)] == answer
+    assert len(model.batches) == 8  # the longest answer has 8 tokens
+    assert model.batches[0] == 8 and model.batches[-1] < 4
+
+
+def test_an_answer_ends_at_a_stop_string(tokenizer: Any) -> None:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    said, stop = spelled(tokenizer, "Yes."), spelled(tokenizer, "\n\nHuman", ":")
+    rollout, _ = scripted_rollout([[*said, *stop, *said]], tokenizer, 20, ("\n\nHuman:",))
+    rest = 20 - len(said) - len(stop)
+    # The policy chose the tokens of the stop string, so it is held to account for them...
+    assert rollout.response_ids[0].tolist() == [*said, *stop] + [pad] * rest
+    assert rollout.action_mask[0].tolist() == [True] * (len(said) + len(stop)) + [False] * rest
+    # ... and the reward model reads EOS in their place.
+    assert rollout.score_ids[0].tolist() == [*said, eos] + [pad] * (20 - len(said) - 1)
+    assert rollout.score_mask[0].sum() == len(said) + 1
+    assert rollout.texts == ["Yes."]
+    assert rollout.ended.all()
+
+
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")])
+def test_the_stop_string_that_comes_first_in_the_text_counts(tokenizer: Any, order: tuple[str, str]) -> None:
+    answer = spelled(tokenizer, "x", "two", "y", "one", "z")
+    rollout, _ = scripted_rollout([answer], tokenizer, 20, order)
+    assert rollout.texts == ["x"]
+    assert rollout.action_mask.sum() == len(spelled(tokenizer, "x", "two"))
+
+
+@pytest.mark.parametrize("first", ["stop string", "EOS"])
+def test_whichever_of_eos_and_stop_string_comes_first_ends_the_answer(tokenizer: Any, first: str) -> None:
+    eos, said, stop = tokenizer.eos_token_id, spelled(tokenizer, "ab"), spelled(tokenizer, "#")
+    end = [*stop, eos] if first == "stop string" else [eos, *stop]
+    rollout, _ = scripted_rollout([[*said, *end]], tokenizer, 10, ("#",))
+    assert rollout.response_ids[0, : len(said) + 1].tolist() == [*said, end[0]]
+    assert rollout.action_mask.sum() == len(said) + 1
+    assert rollout.texts == ["ab"]
+
+
+def test_a_stop_string_at_the_very_start_leaves_an_empty_answer_of_one_eos(tokenizer: Any) -> None:
+    rollout, _ = scripted_rollout([spelled(tokenizer, "#", "abc")], tokenizer, 6, ("#",))
+    assert rollout.texts == [""] and rollout.ended.all()
+    assert rollout.score_ids[0, 0] == tokenizer.eos_token_id and rollout.score_mask.sum() == 1
+
+
+def test_text_before_a_stop_string_is_kept_when_one_token_holds_both(tokenizer: Any) -> None:
+    token, text = next(
+        (i, t) for i in range(5, 512) if len(t := tokenizer.decode([i])) == 2 and t.isalpha() and t[0] != t[1]
+    )
+    before, stop = text
+    rollout, _ = scripted_rollout([[*spelled(tokenizer, "1"), token]], tokenizer, 5, (stop,))
+    assert rollout.texts == ["1" + before]
+
+
+def test_an_answer_cut_by_its_length_has_not_ended_and_gets_no_eos(tokenizer: Any) -> None:
+    answer = spelled(tokenizer, "abcdefgh")
+    rollout, _ = scripted_rollout([answer], tokenizer, 3, ("#",))
+    assert not rollout.ended.any()
+    assert rollout.score_ids.tolist() == rollout.response_ids.tolist() == [answer[:3]]
+    assert rollout.score_mask.all() and rollout.action_mask.all()
+
+
+def test_a_pad_token_that_was_sampled_is_a_token_like_any_other(tokenizer: Any) -> None:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    rollout, _ = scripted_rollout([[70, pad, pad, 71, eos], [pad, eos]], tokenizer, length=7)
+    assert rollout.response_ids[:, :5].tolist() == [[70, pad, pad, 71, eos], [pad, eos, pad, pad, pad]]
+    assert rollout.action_mask.sum(1).tolist() == [5, 2]
+    assert rollout.score_mask.sum(1).tolist() == [5, 2]
+
+
+def test_prompts_are_padded_on_the_left_and_answers_follow_at_once(tokenizer: Any) -> None:
+    pad = tokenizer.pad_token_id
+    ids, mask = left_padded([[7], [8, 9, 10]], pad, CPU)
+    assert ids.tolist() == [[pad, pad, 7], [8, 9, 10]]
+    assert mask.tolist() == [[False, False, True], [True, True, True]]
+    ids, mask = right_padded([[7], [8, 9, 10]], pad, CPU)
+    assert ids.tolist() == [[7, pad, pad], [8, 9, 10]]
+    assert mask.tolist() == [[True, False, False], [True, True, True]]
+
+    rollout, _ = scripted_rollout([[70, 71], [72, 73]], tokenizer, length=2)
+    assert rollout.ids.tolist() == [[pad, 251, 70, 71], [250, 252, 72, 73]]
+    assert rollout.mask.tolist() == [[False, True, True, True], [True] * 4]
+    assert torch.equal(rollout.text_ids, rollout.ids) and torch.equal(rollout.text_mask, rollout.mask)
+
+
+# -- the real model: cache, padding and batch do not matter -----------------------------------------------------------
+
+PROMPTS = [[5], [60, 70, 80, 90], [33, 44], [5, 6, 7, 8, 9, 10, 11], [100, 101, 102], [200] * 5]
+LENGTH = 12
+
+
+def next_probs(base: SharedBase, role: str, ids: list[int], temperature: float) -> torch.Tensor:
+    """The distribution of the next token, from one plain forward over an unpadded row."""
+    with torch.no_grad():
+        states = base.hidden(role, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+        return torch.softmax(base.lm_head(states[0, -1]).float() / temperature, -1)
+
+
+def alone(base: SharedBase, role: str, prompt: list[int], uniform: torch.Tensor, temperature: float, eos: int) -> Any:
+    """A row's answer and log-probs, decoded by itself: no batch, no padding, no cache."""
+    answer: list[int] = []
+    logprobs: list[float] = []
+    for number in uniform:
+        probs = next_probs(base, role, prompt + answer, temperature)
+        answer.append(int(inverse_cdf(probs[None], number[None])))
+        logprobs.append(probs[answer[-1]].log().item())
+        if answer[-1] == eos:
+            break
+    return answer, logprobs
+
+
+@pytest.fixture
+def ending_base(make_base: Callable[..., SharedBase], tokenizer: Any) -> SharedBase:
+    """A base that says EOS and pad often, so that answers end at many different steps."""
+    base = make_base()
+    with torch.no_grad():
+        base.lm_head.weight[[tokenizer.eos_token_id, tokenizer.pad_token_id]] *= 5
+    return base
+
+
+@pytest.mark.parametrize("expand", [True, False], ids=["expanded weights", "4-bit weights"])
+@pytest.mark.parametrize(("role", "temperature"), [(POLICY, 1.0), (REFERENCE, 0.7)])
+def test_an_answer_does_not_depend_on_the_other_rows(
+    ending_base: SharedBase, tokenizer: Any, role: str, temperature: float, expand: bool
+) -> None:
+    sampling = Sampling(LENGTH, temperature, expand_weights=expand)
+    rollout = sampled_answers(ending_base, role, PROMPTS, sampling, tokenizer, generator(3))
+    uniform = torch.rand((LENGTH, len(PROMPTS)), generator=generator(3))
+    lengths = rollout.action_mask.sum(1).tolist()
+    for i, prompt in enumerate(PROMPTS):
+        answer, logprobs = alone(ending_base, role, prompt, uniform[:, i], temperature, tokenizer.eos_token_id)
+        assert rollout.response_ids[i, : lengths[i]].tolist() == answer
+        assert rollout.ended[i] == (answer[-1] == tokenizer.eos_token_id)
+        torch.testing.assert_close(
+            rollout.sampled_logprobs[i, : lengths[i]], torch.tensor(logprobs), atol=1e-4, rtol=0
+        )
+    assert len(set(lengths)) >= 3  # rows ended at different steps, so that some were dropped on the way
+    assert (rollout.response_ids == tokenizer.pad_token_id)[rollout.action_mask].any()
+
+
+@pytest.mark.parametrize("expand", [True, False], ids=["expanded weights", "4-bit weights"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_sampler_and_the_trainer_agree_on_log_probs(
+    ending_base: SharedBase, tokenizer: Any, expand: bool, temperature: float
+) -> None:
+    base, sampling = ending_base, Sampling(LENGTH, temperature, expand_weights=expand)
+    rollout = sampled_answers(base, POLICY, PROMPTS, sampling, tokenizer, generator())
+    with torch.no_grad():
+        states = base.hidden(POLICY, rollout.ids, rollout.mask)
+    trained, _ = base.response_logprobs(states, rollout.ids, rollout.action_mask, temperature, chunk=5)
+    torch.testing.assert_close(rollout.sampled_logprobs, trained, atol=1e-4, rtol=0)
+    assert (trained[rollout.action_mask] < 0).all() and (trained[~rollout.action_mask] == 0).all()
+
+
+def test_a_higher_temperature_flattens_what_is_drawn(make_base: Callable[..., SharedBase], tokenizer: Any) -> None:
+    base = make_base()
+
+    def mean_logprob(temperature: float) -> float:
+        sampling = Sampling(4, temperature)
+        return sampled_answers(base, POLICY, PROMPTS, sampling, tokenizer, generator()).sampled_logprobs.mean().item()
+
+    assert mean_logprob(0.1) > mean_logprob(1.0) > mean_logprob(3.0)
+
+
+def test_the_same_generator_state_gives_the_same_answers(ending_base: SharedBase, tokenizer: Any) -> None:
+    def texts(seed: int) -> list[str]:
+        return sampled_answers(
+            ending_base, POLICY, PROMPTS, Sampling(LENGTH, 1.0), tokenizer, generator(seed)
+        ).texts
+
+    assert texts(1) == texts(1) != texts(2)
+
+
+@pytest.mark.parametrize("expand", [True, False], ids=["expanded weights", "4-bit weights"])
+@pytest.mark.parametrize("role", [POLICY, REFERENCE])
+def test_sampling_leaves_role_trainability_and_weights_as_they_were(
+    make_base: Callable[..., SharedBase], tokenizer: Any, role: str, expand: bool
+) -> None:
+    base = make_base()
+    trainable = {n: p.requires_grad for n, p in base.model.named_parameters()}
+    before = {n: t.clone() for n, t in base.model.state_dict().items() if isinstance(t, torch.Tensor)}
+    ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)
+    outputs = {r: base.hidden(r, ids, mask).detach() for r in (POLICY, REFERENCE, REWARD, VALUE)}
+
+    with base.role(REWARD):
+        sampled_answers(base, role, PROMPTS, Sampling(3, 1.0, expand_weights=expand), tokenizer, generator())
+        assert torch.equal(base._forward(ids, mask), outputs[REWARD])
+
+    assert {n: p.requires_grad for n, p in base.model.named_parameters()} == trainable
+    assert all(torch.equal(t, before[n]) for n, t in base.model.state_dict().items() if n in before)
+    assert all(torch.equal(base.hidden(r, ids, mask), output) for r, output in outputs.items())
+    assert not base.model.training
