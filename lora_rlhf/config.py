@@ -32,6 +32,9 @@ class LoraSettings:
     target_modules: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Linear layers that are adapted."
     )
+    layers_to_transform: list[int] | None = setting(
+        None, "Transformer layers that are adapted; none: all. With the upper ones only, backward ends half-way."
+    )
 
 
 @dataclass
@@ -66,16 +69,16 @@ class SftSettings(TrainerSettings):
 class PpoSettings:
     """PPO stage; section numbers are those of Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"."""
 
-    total_steps: int = setting(30, "PPO steps; each samples one batch of answers and learns from it.")
-    batch_size: int = setting(32, "Answers sampled per PPO step.")
+    total_steps: int = setting(200, "PPO steps; each samples one batch of answers and learns from it.")
+    batch_size: int = setting(64, "Answers sampled per PPO step.")
     num_ppo_epochs: int = setting(1, "Passes over each batch.")
     num_mini_batches: int = setting(1, "Optimizer steps per pass.")
-    micro_batch_size: int = setting(16, "Answers in one forward-backward pass; changes memory, not the result.")
+    micro_batch_size: int = setting(8, "Answers in one forward-backward pass; changes memory, not the result.")
     scoring_batch_size: int = setting(32, "Answers in one forward pass without gradient.")
-    learning_rate: float = setting(2e-4, "Adam's learning rate for the policy adapter, annealed linearly to 0.")
+    learning_rate: float = setting(5e-5, "Adam's learning rate for the policy adapter, annealed linearly to 0.")
     value_learning_rate: float | None = setting(None, "The same for the value adapter; none: learning_rate.")
-    max_grad_norm: float = setting(1.0, "Global gradient norm, of policy and value each, is clipped to this.")
-    response_length: int = setting(64, "Most tokens sampled per answer.")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm, over policy and value together.")
+    response_length: int = setting(128, "Most tokens sampled per answer.")
     temperature: float = setting(1.0, "Divides the logits in sampling and in every log-probability alike.")
     stop_strings: list[str] = setting([], "An answer ends before the first of these, besides at EOS.")
     missing_eos_penalty: float = setting(1.0, "Taken off the normalised score of an answer that does not end.")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from lora_rlhf.config import RunConfig
+from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.errors import UserError
 
 
@@ -30,25 +31,31 @@ def config_from_file(path: str | Path) -> RunConfig:
     return config_from_mapping(_read_yaml(Path(path)), str(path))
 
 
-def config_from_command_line(description: str | None, arguments: Sequence[str] | None = None) -> RunConfig:
-    """Return the config of `--config FILE` with every other option laid over it; `--help` lists all fields."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def config_from_command_line(
+    description: str | None, arguments: Sequence[str] | None = None, default: Path | None = None
+) -> RunConfig:
+    """Return the config of `--config FILE` with every other option laid over it; `--help` lists all fields.
+
+    Args:
+        description: what `--help` says first.
+        arguments: the words of the command line; none: this process's.
+        default: file that is read where neither --config nor a model is named.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with the fields below (nested: `ppo: {kl_coef: 0.1}`)."
     )
     groups: dict[str, Any] = {}
-    for dotted, spec, annotation, default in _leaves(RunConfig, ""):
+    for dotted, spec, annotation, preset in _leaves(RunConfig, ""):
         section = dotted.rpartition(".")[0]
         if section not in groups:
             groups[section] = parser.add_argument_group(section or "run")
-        shown = "" if default in (None, [], {}) else f" [{_shown(default)}]"
+        shown = "" if preset in (None, [], {}) else f" [{_shown(preset)}]"
         groups[section].add_argument(
             f"--{dotted}",
             dest=dotted,
             default=None,
-            nargs="*" if get_origin(annotation) is list else ("?" if annotation is bool else None),
+            nargs="*" if _list_item(annotation) else ("?" if annotation is bool else None),
             const="true" if annotation is bool else None,
             metavar=dotted.rpartition(".")[2].upper(),
             help=(spec.metadata["help"] + shown).replace("%", "%%"),
@@ -64,10 +71,12 @@ def config_from_command_line(description: str | None, arguments: Sequence[str] |
         raise UserError(f"unexpected word on the command line: {unknown[0]!r}; options are written --field value")
 
     given = vars(known)
+    if not given["config"] and default and given["model_name_or_path"] in (None, EMBEDDED):
+        given["config"] = str(default)
     values = _read_yaml(Path(given["config"])) if given["config"] else {}
     for dotted, _, annotation, _ in _leaves(RunConfig, ""):
         if given[dotted] is not None:
-            _put(values, dotted, _parsed(given[dotted], annotation))
+            _put(values, dotted, _coerced(_parsed(given[dotted], annotation, dotted), annotation, f"--{dotted}"))
     return config_from_mapping(values, given["config"] or "command line")
 
 
@@ -142,14 +151,16 @@ def _coerced(value: Any, annotation: Any, where: str) -> Any:
     if annotation is bool and isinstance(value, bool):
         return value
     if annotation in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 as a string
-            number = float(value)
+        with contextlib.suppress(ValueError, OverflowError):  # YAML reads 1e-4 as a string
             if annotation is float:
-                return number
-            if number.is_integer():
-                return int(number)
-        except (ValueError, OverflowError):
-            pass
+                return float(value)
+            if isinstance(value, int) or not isinstance(value, str):
+                if value == int(value):
+                    return int(value)
+            elif value.lstrip("+-").isdigit():
+                return int(value)
+            elif float(value).is_integer():
+                return int(float(value))
     if annotation is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     article = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -178,6 +189,18 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
     for name in _ABOVE_ZERO:
         if not 0 < flat[name] < float("inf"):
             raise UserError(f"{where}: {name} is above 0, not {flat[name]}")
+    for name in ("ppo.value_learning_rate", "max_train_pairs", "max_eval_pairs"):
+        if flat[name] is not None and not 0 < flat[name] < float("inf"):
+            raise UserError(f"{where}: {name} is above 0, or none; not {flat[name]}")
+    for stage in ("reward", "sft"):
+        if flat[f"{stage}.weight_decay"] < 0:
+            raise UserError(f"{where}: {stage}.weight_decay is not below 0; not {flat[f'{stage}.weight_decay']}")
+        if not 0 <= flat[f"{stage}.warmup_ratio"] < 1:
+            raise UserError(
+                f"{where}: {stage}.warmup_ratio is a share, from 0 to below 1; not {flat[f'{stage}.warmup_ratio']}"
+            )
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"{where}: seed is from 0 to 2^32 - 1, not {config.seed}")
     if config.ppo.normalization_samples < 2:
         raise UserError(f"{where}: ppo.normalization_samples is at least 2: a deviation needs two answers")
     if not config.dataset_name:
@@ -197,9 +220,26 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
     return config
 
 
+class BadYaml(Exception):
+    """Text that is no YAML of plain values; what it says is one line."""
+
+
+def plain_yaml(text: str) -> Any:
+    """Return the plain values in a YAML text; no tag can make anything else. Raises `BadYaml`."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise BadYaml(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        values = plain_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"--config: no file {path}{_suggestion(str(path), siblings)}") from None
@@ -207,7 +247,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--config: {path} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
+    except BadYaml as error:
         raise UserError(f"--config: {path} is not valid YAML: {error}") from None
     if values is None:
         return {}
@@ -216,19 +256,28 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parsed(words: Any, annotation: Any) -> Any:
+def _parsed(words: Any, annotation: Any, dotted: str) -> Any:
     """Return what a command-line word means; numbers, booleans and mappings are written as in YAML."""
     if isinstance(words, list):
-        inner = get_args(annotation)[0]
-        return [word if inner is str else yaml.safe_load(word) for word in words]
+        if [word.lower() for word in words] in (["none"], ["null"]):
+            return None
+        return [word if _list_item(annotation) is str else _parsed(word, Any, dotted) for word in words]
     options = get_args(annotation) or (annotation,)
     if str in options or get_origin(annotation) is Literal:
         return None if words.lower() in ("none", "null") else words
     try:
-        value = yaml.safe_load(words)
-    except yaml.YAMLError:
-        return words
+        value = plain_yaml(words)
+    except BadYaml as error:
+        raise UserError(f"--{dotted}: {words!r} cannot be read: {error}") from None
     return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+def _list_item(annotation: Any) -> Any:
+    """Return what a list (or list or none) holds; none where the annotation is no list."""
+    for kind in (annotation, *get_args(annotation)):
+        if get_origin(kind) is list:
+            return get_args(kind)[0]
+    return None
 
 
 def _get(config: Any, dotted: str) -> Any:

@@ -8,7 +8,6 @@ the adapter was trained on; only rounding remains.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lora_rlhf.base.loading import load_original_weights, quiet_transformers
 from lora_rlhf.base.shared import POLICY, SharedBase, dequantized_weight
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.config import RunConfig
-from lora_rlhf.ppo.rollout import Rollout
+from lora_rlhf.ppo.rollout import Rollout, Sampling
 
 TARGETS = ("original", "dequantized")
 
@@ -75,15 +74,20 @@ def model_logprobs(model: Any, rollout: Rollout, temperature: float, chunk: int)
     return torch.zeros(action.shape, device=device).masked_scatter(action, flat)
 
 
-def write_merged(model: Any, tokenizer: Any, stop_strings: Sequence[str], max_new_tokens: int, folder: Path) -> None:
+def write_merged(model: Any, tokenizer: Any, sampling: Sampling, folder: Path) -> None:
     """Write weights (safetensors), tokenizer, chat template and generation config, whole or not at all."""
     generation = model.generation_config
     generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id
-    generation.do_sample, generation.temperature, generation.top_k, generation.top_p = True, 1.0, 0, 1.0
-    generation.max_new_tokens = max_new_tokens
-    if stop_strings:
-        generation.stop_strings = list(stop_strings)
+    generation.do_sample, generation.temperature, generation.top_k, generation.top_p = (
+        True,
+        sampling.temperature,
+        0,
+        1.0,
+    )
+    generation.max_new_tokens = sampling.response_length
+    if sampling.stop_strings:
+        generation.stop_strings = list(sampling.stop_strings)
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     half = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(half, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from lora_rlhf.config import RunConfig
-from lora_rlhf.config_file import config_to_mapping, differing_fields
+from lora_rlhf.config_file import BadYaml, config_to_mapping, differing_fields, plain_yaml
 from lora_rlhf.errors import UserError
 
 STAGES = ("base", "reward", "instruct", "ppo", "merge", "compare")
@@ -57,11 +58,14 @@ class RunDirectory:
     def summary(self) -> dict[str, Any]:
         """What finished stages reported so far."""
         try:
-            return json.loads((self / "summary.json").read_text(encoding="utf-8"))
+            held = json.loads((self / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except json.JSONDecodeError:
-            raise UserError(f"{self / 'summary.json'} is damaged; delete it to run the stages again") from None
+        except ValueError:  # no JSON, or no UTF-8
+            held = None
+        if not isinstance(held, dict) or not isinstance(held.get("seconds", {}), dict):
+            raise UserError(f"{self / 'summary.json'} is damaged; delete it to run the stages again")
+        return held
 
     def finished(self, stage: str) -> bool:
         """Return whether `stage` needs no more work."""
@@ -83,9 +87,10 @@ class RunDirectory:
         """Return the path of what an earlier stage left; raise `UserError` where it did not."""
         if not (self / name).exists():
             recipe = {"reward": "reward_lora", "instruct": "sft_lora", "ppo": "ppo_lora", "merge": "merge_lora"}[stage]
+            config = shlex.quote(str(self / "config.yaml"))
             raise UserError(
-                f"{self.path} has no {name}: run `python recipes/{recipe}.py --output_dir {self.path}` first, "
-                "or recipes/direct_rlhf_lora.py, which runs every stage"
+                f"{self.path} has no {name}: run `python recipes/{recipe}.py --config {config} "
+                f"--output_dir {shlex.quote(str(self.path))}` first, or direct_rlhf_lora.py, which runs every stage"
             )
         return self / name
 
@@ -93,15 +98,15 @@ class RunDirectory:
         if any(self.path.iterdir()) and not (self / "config.yaml").is_file():
             raise UserError(f"output_dir: {self.path} has files but no config.yaml: it is no run, and is left alone")
         for name in CONTENTS:
-            if (self / name).is_dir():
+            if (self / name).is_dir() and not (self / name).is_symlink():
                 shutil.rmtree(self / name)
             else:
                 (self / name).unlink(missing_ok=True)
 
     def _check_same_run(self, wanted: dict[str, Any]) -> None:
         try:
-            held = yaml.safe_load((self / "config.yaml").read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+            held = plain_yaml((self / "config.yaml").read_text(encoding="utf-8"))
+        except (BadYaml, UnicodeDecodeError):
             held = None
         if not isinstance(held, dict):
             raise UserError(f"output_dir: {self / 'config.yaml'} is damaged; choose another --output_dir")

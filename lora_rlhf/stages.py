@@ -81,14 +81,13 @@ def base_stage(session: Session) -> None:
     if session.run.finished("base"):
         note("  done before")
         return
-    with session.run.stage("base") as results:
+    with session.run.stage("base"):
         for split in ("train", "test"):
             session.pairs(split)
         model = session.shared_base().causal_lm
         size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         bits = "NF4, double quantisation" if session.config.load_in_4bit else session.config.dtype
         note(f"  {type(model).__name__}, {bits}: {size / 2**20:,.1f} MiB of weights on {session.shared_base().device}")
-        results["base"] = {"name": session.config.model_name_or_path, "weights_mib": round(size / 2**20, 1)}
 
 
 def reward_stage(session: Session) -> None:
@@ -199,7 +198,7 @@ def merge_stage(session: Session) -> None:
             model = merged_model(config, run / "policy_adapter", weights)
             drift[target] = merge_drift(base, model, rollout, s.temperature, s.logits_chunk_size)
             if target == config.merge.target:
-                write_merged(model, session.tokenizer, s.stop_strings, s.response_length, run / "merged")
+                write_merged(model, session.tokenizer, sampling, run / "merged")
             del model, weights
             gc.collect()
         results["merge"] = {"target": config.merge.target, "drift": drift}

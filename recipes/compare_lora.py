@@ -6,13 +6,17 @@ Writes the arms of summary.json, and samples.json.
 Takes every option of recipes/direct_rlhf_lora.py; the same --config and --output_dir make it part of the same run.
 """
 
+from pathlib import Path
+
 from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.stages import Session, compare_stage
 from lora_rlhf.terminal import run_recipe
 
+EMBEDDED_CONFIG = Path(__file__).parent / "configs" / "embedded.yaml"
+
 
 def main() -> None:
-    compare_stage(Session.open(config_from_command_line(__doc__)))
+    compare_stage(Session.open(config_from_command_line(__doc__, default=EMBEDDED_CONFIG)))
 
 
 if __name__ == "__main__":

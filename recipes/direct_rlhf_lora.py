@@ -12,6 +12,8 @@ Supported: causal language models that transformers loads and PEFT adapts, in NF
 Not supported: several GPUs, encoder-decoder models, images.
 """
 
+from pathlib import Path
+
 from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.stages import (
     Session,
@@ -24,9 +26,11 @@ from lora_rlhf.stages import (
 )
 from lora_rlhf.terminal import note, run_recipe
 
+EMBEDDED_CONFIG = Path(__file__).parent / "configs" / "embedded.yaml"
+
 
 def main() -> None:
-    config = config_from_command_line(__doc__)
+    config = config_from_command_line(__doc__, default=EMBEDDED_CONFIG)
     session = Session.open(config)
 
     base_stage(session)  # 1. the 4-bit base, loaded and checked

@@ -12,7 +12,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # on tiny models, more threads only wait for each other
 
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.embedded import build_tiny_model

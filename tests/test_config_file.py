@@ -149,7 +149,14 @@ def test_help_lists_every_field_with_its_default(capsys: pytest.CaptureFixture[s
         command_line("--help")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for name in ("--ppo.kl_coef", "--reward.learning_rate", "--merge.target", "--seed", "--config", "[0.05]"):
+    for name in (
+        "--ppo.kl_coef",
+        "--reward.learning_rate",
+        "--merge.target",
+        "--seed",
+        "--config",
+        f"[{PpoSettings().kl_coef}]",
+    ):
         assert name in shown
 
 

@@ -25,6 +25,7 @@ def lora_config(settings: LoraSettings, task_type: str = "CAUSAL_LM") -> LoraCon
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         target_modules=list(settings.target_modules),
+        layers_to_transform=settings.layers_to_transform or None,
         lora_dropout=0.0,
         bias="none",
         task_type=task_type,

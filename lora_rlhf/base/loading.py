@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
+from safetensors import SafetensorError
 
 from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
@@ -194,13 +196,13 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, httpx.HTTPError, SafetensorError) as error:
         chain: list[BaseException] = []
         link: BaseException | None = error
         while link is not None and link not in chain:
             chain.append(link)
             link = link.__cause__ or link.__context__
-        text = str(error)
+        text = str(error) or type(error).__name__
         if any(isinstance(e, GatedRepoError) for e in chain):
             advice = f"{source} is gated: accept its terms on its Hub page, then run `hf auth login`"
         elif any(isinstance(e, RevisionNotFoundError) for e in chain):
@@ -209,14 +211,14 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
             advice = f"{source} is not on the Hub (or is private: `hf auth login`); check model_name_or_path"
         elif Path(source).is_dir():
             advice = f"{source} holds no model that transformers can load: {text.splitlines()[0]}"
-        elif isinstance(error, OSError):
+        elif isinstance(error, OSError | httpx.HTTPError):
             advice = (
                 f"{source} is no folder here and could not be had from the Hub. Check the name and the network, "
                 "or run once with the network on and later with HF_HUB_OFFLINE=1; "
                 "--model_name_or_path embedded needs no Hub"
             )
         else:
-            raise
+            advice = f"{source} cannot be loaded by transformers: {text.splitlines()[0]}"
         raise UserError(advice) from error
 
 

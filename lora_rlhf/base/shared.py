@@ -45,6 +45,11 @@ class SharedBase:
         self.device: torch.device = self.lm_head.weight.device
         for parameter in causal_lm.parameters():
             parameter.requires_grad_(False)
+        for module in causal_lm.modules():  # no dropout in any role, in train mode either
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
         causal_lm.config.use_cache = True
         try:
             self.model: PeftModel = get_peft_model(causal_lm, policy, adapter_name=POLICY)
@@ -229,7 +234,13 @@ class SharedBase:
         return torch.autocast(self.device.type, dtype=self.compute_dtype if half else torch.bfloat16, enabled=half)
 
     def response_logprobs(
-        self, states: torch.Tensor, ids: torch.Tensor, response_mask: torch.Tensor, temperature: float, chunk: int
+        self,
+        states: torch.Tensor,
+        ids: torch.Tensor,
+        response_mask: torch.Tensor,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (log-probs, entropies) [batch, response] of the last `response` ids; 0 where `response_mask` is.
 
@@ -239,13 +250,18 @@ class SharedBase:
             response_mask: [batch, response], true for real tokens of the response.
             temperature: divides the logits.
             chunk: tokens whose logits exist at one time.
+            with_entropy: off, the entropies are zeros.
         """
         width = response_mask.shape[1]
         before, tokens = states[:, -width - 1 : -1], ids[:, -width:]
         flat, entropy = token_logprobs(
-            before[response_mask].to(self.lm_head.weight.dtype), self.lm_head.weight, tokens[response_mask],
-            temperature, chunk,
-        )  # fmt: skip
+            before[response_mask].to(self.lm_head.weight.dtype),
+            self.lm_head.weight,
+            tokens[response_mask],
+            temperature,
+            chunk,
+            with_entropy,
+        )
         empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=states.device)
         return empty.masked_scatter(response_mask, flat), empty.masked_scatter(response_mask, entropy)
 

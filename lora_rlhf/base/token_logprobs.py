@@ -16,34 +16,49 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, temperature: float, chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        tokens: torch.Tensor,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         count = hidden.shape[0]
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
+        entropy = torch.zeros_like(logprobs)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, count, chunk):
             part = slice(start, start + chunk)
-            scaled = (hidden[part] @ weight.T).float().div_(temperature)
-            log_all = torch.log_softmax(scaled, dim=-1)
-            logprobs[part] = log_all.gather(1, tokens[part, None])[:, 0]
-            probs = log_all.exp()
-            entropy[part] = -(probs * log_all).sum(-1)
-            if slope is not None:
-                expected = probs.to(weight.dtype) @ weight
-                slope[part] = (weight[tokens[part]] - expected).div_(temperature)
+            scaled = (hidden[part] @ weight.T).float()
+            if temperature != 1:
+                scaled /= temperature
+            total = torch.logsumexp(scaled, -1)
+            logprobs[part] = scaled.gather(1, tokens[part, None])[:, 0] - total
+            if with_entropy or slope is not None:
+                probs = (scaled - total[:, None]).exp_()
+                if with_entropy:
+                    entropy[part] = total - torch.linalg.vecdot(probs, scaled)
+                if slope is not None:
+                    expected = probs.to(weight.dtype) @ weight
+                    slope[part] = (weight[tokens[part]] - expected).div_(temperature)
         ctx.mark_non_differentiable(entropy)
         ctx.save_for_backward(*([slope] if slope is not None else []))
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
         (slope,) = ctx.saved_tensors
-        return (grads[0][:, None] * slope).to(slope.dtype), None, None, None, None
+        return (grads[0][:, None] * slope).to(slope.dtype), None, None, None, None, None
 
 
 def token_logprobs(
-    hidden: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, temperature: float, chunk: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    temperature: float,
+    chunk: int,
+    with_entropy: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (log-probs, entropies) in nats, float32 [n]; gradients flow to `hidden` from the log-probs only.
 
@@ -53,5 +68,6 @@ def token_logprobs(
         tokens: [n] ids, int64.
         temperature: divides the logits.
         chunk: rows whose logits exist at one time.
+        with_entropy: off, the entropies are zeros.
     """
-    return _TokenLogProbs.apply(hidden, weight, tokens, temperature, chunk)
+    return _TokenLogProbs.apply(hidden, weight, tokens, temperature, chunk, with_entropy)

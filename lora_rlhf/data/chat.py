@@ -34,6 +34,12 @@ CHATML = (
 TEMPLATES = {"human_assistant": HUMAN_ASSISTANT}
 
 
+def chatml_with_system_turn(text: str) -> str:
+    """Return ChatML that begins with the system turn `text` where a dialogue does not bring its own."""
+    turn = "<|im_start|>system\\n" + text.replace("'", "\\'") + "<|im_end|>\\n"
+    return "{% if messages[0]['role'] != 'system' %}{{ '" + turn + "' }}{% endif %}" + CHATML
+
+
 def set_chat_template(tokenizer: Any, chat_template: str | None) -> None:
     """Give `tokenizer` the template of the config: a known name, a Jinja file, or its own where it has one.
 
@@ -52,6 +58,11 @@ def set_chat_template(tokenizer: Any, chat_template: str | None) -> None:
             ) from None
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = HUMAN_ASSISTANT
+    try:
+        _frame(tokenizer)
+    except Exception as error:  # whatever Jinja and the template itself raise
+        name = chat_template or "the tokenizer's own"
+        raise UserError(f"chat_template: {name} does not render a question and an answer: {error}") from None
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -61,5 +72,22 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:
-    """Return the ids of an ended answer: its text, then EOS."""
-    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """Return the ids of an ended answer as they follow a prompt: its text (a space first, in some formats), then EOS.
+
+    Tokenised behind a prompt, since a tokenizer may cut a text that stands alone otherwise.
+    """
+    before, lead = _frame(tokenizer)
+    start, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, before + lead + answer))
+    if whole[: len(start)] != start:  # the tokenizer joins prompt and answer
+        start, whole = [], tokenizer(lead + answer, add_special_tokens=False)["input_ids"]
+    return [*whole[len(start) :], tokenizer.eos_token_id]
+
+
+def _frame(tokenizer: Any) -> tuple[str, str]:
+    """Return (a prompt as the template renders it, what the template puts between prompt and answer)."""
+    question: list[Message] = [{"role": "user", "content": "Q"}]
+    before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    mark = "\N{REFERENCE MARK}"
+    whole = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": mark}], tokenize=False)
+    lead = whole[len(before) :].partition(mark)[0] if whole.startswith(before) and mark in whole else ""
+    return before, lead

@@ -68,7 +68,11 @@ def pair_from_row(row: dict[str, Any]) -> PreferencePair:
     """
     chosen, rejected = _turns(row.get("chosen")), _turns(row.get("rejected"))
     explicit = _turns(row.get("prompt"), default_role="user") if row.get("prompt") is not None else None
-    if explicit is not None:
+    if explicit and explicit[-1][0] == "assistant" and not explicit[-1][1]:  # "...\n\nAssistant:"
+        explicit = explicit[:-1]
+    if (chosen[-1][0] == "text") != (rejected[-1][0] == "text"):
+        raise UnusableRow("one answer is a dialogue, the other is not")
+    if explicit is not None and chosen[0][0] in ("text", "assistant"):  # else the dialogues hold the prompt already
         chosen, rejected = explicit + _as_answer(chosen), explicit + _as_answer(rejected)
     elif chosen[-1][0] == "text" or rejected[-1][0] == "text":
         chosen, rejected = _split_texts(chosen[-1][1], rejected[-1][1])

@@ -12,7 +12,7 @@ import torch
 
 from lora_rlhf.base.shared import REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
-from lora_rlhf.data.chat import prompt_ids
+from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
 from lora_rlhf.errors import UserError
 from lora_rlhf.merge import model_logprobs
@@ -78,7 +78,7 @@ def model_arm_answers(
         # the reward model reads the dialogue in its own format, whatever template the arm answered in
         base_prompts = _prompts(base_tokenizer, chunk)
         read = [
-            prompt + base_tokenizer(text, add_special_tokens=False)["input_ids"] + [base_tokenizer.eos_token_id] * ended
+            prompt + answer_ids(base_tokenizer, text)[: None if ended else -1]
             for prompt, text, ended in zip(base_prompts, rollout.texts, rollout.ended.tolist(), strict=True)
         ]
         ids, mask = right_padded(read, base_tokenizer.pad_token_id, base.device)

@@ -197,14 +197,14 @@ def _cut_rollout(
         body = row if end is None else row[:end]
         stop = _stop_position(tokenizer, body, stop_strings) if stop_strings else None
         if stop is not None:
-            kept, lengths[i] = stop
+            kept, lengths[i], text = stop
             body, ended[i] = body[:kept], True
         elif end is not None:
             lengths[i], ended[i] = end + 1, True
         read = [*body, eos] if ended[i] else body
         score_ids[i, : len(read)] = torch.tensor(read, device=response.device)
         score_lengths[i] = len(read)
-        texts.append(tokenizer.decode(body, skip_special_tokens=True).strip())
+        texts.append((tokenizer.decode(body, skip_special_tokens=True) if stop is None else text).strip())
     columns = torch.arange(length)
     action_mask = (columns < lengths[:, None]).to(response.device)
     score_mask = (columns < score_lengths[:, None]).to(response.device)
@@ -215,8 +215,8 @@ def _cut_rollout(
     )  # fmt: skip
 
 
-def _stop_position(tokenizer: Any, tokens: list[int], stop_strings: tuple[str, ...]) -> tuple[int, int] | None:
-    """Return (tokens before the stop string, tokens up to its end) of the first one in `tokens`, or none."""
+def _stop_position(tokenizer: Any, tokens: list[int], stop_strings: tuple[str, ...]) -> tuple[int, int, str] | None:
+    """Return (tokens before the stop string, tokens up to its end, text before it) of the first one, or none."""
     text = tokenizer.decode(tokens)
     found = [(text.index(stop), stop) for stop in stop_strings if stop in text]
     if not found:
@@ -224,4 +224,4 @@ def _stop_position(tokenizer: Any, tokens: list[int], stop_strings: tuple[str, .
     at, stop = min(found)
     kept = max((n for n in range(len(tokens) + 1) if len(tokenizer.decode(tokens[:n])) <= at), default=0)
     end = next(n for n in range(kept, len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
-    return kept, end
+    return kept, end, text[:at]

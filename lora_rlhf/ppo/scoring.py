@@ -72,7 +72,9 @@ def scored_rollout(
         logprobs, entropy = base.response_logprobs(
             policy, ids, action, settings.temperature, settings.logits_chunk_size
         )
-        ref, _ = base.response_logprobs(reference, ids, action, settings.temperature, settings.logits_chunk_size)
+        ref, _ = base.response_logprobs(
+            reference, ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
+        )
         parts.append((logprobs, ref, entropy, state_values(base, value, action, value_offset), raw))
     logprobs, ref, entropy, values, raw = (torch.cat(column) for column in zip(*parts, strict=True))
     known = {own[0].name: raw} if own and len(raw) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -225,7 +226,9 @@ class PpoTrainer:
 
             # Backward ends before another role is played; see SharedBase on checkpointing.
             hidden = self.base.hidden(POLICY, ids, mask)
-            logprobs, _ = self.base.response_logprobs(hidden, ids, action, s.temperature, s.logits_chunk_size)
+            logprobs, _ = self.base.response_logprobs(
+                hidden, ids, action, s.temperature, s.logits_chunk_size, with_entropy=False
+            )
             loss, clipped = policy_loss(logprobs, old, advantages[micro], action, s.cliprange)  # 13.
             if not warming:
                 (loss * share).backward()
@@ -254,8 +257,8 @@ class PpoTrainer:
 
     @staticmethod
     def _summary(history: list[Metrics], first_ratio: float, stopped: float) -> Metrics:
-        names = [n for n in history[0] if n != "ratio_deviation"]
-        means = {n: sum(m.get(n, 0.0) for m in history) / len(history) for n in names}
+        names = {n for m in history for n in m} - {"ratio_deviation"}
+        means = {n: fmean(m[n] for m in history if n in m) for n in sorted(names)}
         return means | {"first_ratio_deviation": first_ratio, "update_stopped": stopped}
 
     def normalization(self) -> dict[str, Any]:

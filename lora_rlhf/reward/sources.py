@@ -80,7 +80,7 @@ class ClassifierReward:
         parts = []
         for start in range(0, len(texts), self.batch):
             encoded = self.tokenizer(
-                texts[start : start + self.batch], padding=True, truncation=True, return_tensors="pt",
+                texts[start : start + self.batch], padding=self.batch > 1, truncation=True, return_tensors="pt",
                 add_special_tokens=self.tokenizer.chat_template is None,
             )  # fmt: skip
             parts.append(self.model(**encoded.to(self.model.device)).logits[:, 0].float())
@@ -110,14 +110,15 @@ class FunctionReward:
         """Return the function's numbers."""
         completions = [[{"role": "assistant", "content": text}] for text in answers.completions]
         values = self.function(prompts=answers.prompts, completions=completions, **answers.columns)
-        if len(values) != len(completions):
-            raise UserError(f"reward function {self.name} gave {len(values)} numbers for {len(completions)} answers")
         try:
-            return torch.tensor([float(v) for v in values], dtype=torch.float32, device=answers.ids.device)
+            numbers = [float(v) for v in values]
         except (TypeError, ValueError):
             raise UserError(
-                f"reward function {self.name} gave something that is no number: {list(values)[:3]}"
+                f"reward function {self.name} gave what is no number for each answer: {str(values)[:80]}"
             ) from None
+        if len(numbers) != len(completions):
+            raise UserError(f"reward function {self.name} gave {len(numbers)} numbers for {len(completions)} answers")
+        return torch.tensor(numbers, dtype=torch.float32, device=answers.ids.device)
 
 
 @dataclass
@@ -189,7 +190,7 @@ def reward_sources(config: RunConfig, base: SharedBase, own_adapter: Path) -> li
                 raise UserError(f"{where}: {path} has no reward head; a SEQ_CLS adapter is wanted")
             sources.append(AdapterReward(base, role, name, weight, batch))
         elif entry["kind"] == "model":
-            sources.append(_classifier(config, path, name, weight))
+            sources.append(_classifier(config, path, name, weight, where))
         elif entry["kind"] == "function":
             sources.append(FunctionReward(_function(path, where), name, weight))
         else:
@@ -197,10 +198,13 @@ def reward_sources(config: RunConfig, base: SharedBase, own_adapter: Path) -> li
     return sources
 
 
-def _classifier(config: RunConfig, path: str, name: str, weight: float) -> ClassifierReward:
+def _classifier(config: RunConfig, path: str, name: str, weight: float, where: str) -> ClassifierReward:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    source = resolved_model(path)
+    try:
+        source = resolved_model(path)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('model_name_or_path: ')}") from None
     with explained(source, config), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         arguments = {**quantized_arguments(config), "quantization_config": None}
@@ -208,9 +212,11 @@ def _classifier(config: RunConfig, path: str, name: str, weight: float) -> Class
     if model.config.num_labels != 1:
         raise UserError(f"{path} has {model.config.num_labels} outputs; a reward model has one")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.unk_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    return ClassifierReward(model, tokenizer, name, weight, config.ppo.scoring_batch_size)
+    # without a pad token that is not EOS, transformers would look for the score before the closing EOS
+    batch = 1 if tokenizer.pad_token is None else config.ppo.scoring_batch_size
+    return ClassifierReward(model, tokenizer, name, weight, batch)
 
 
 def _function(path: str, where: str) -> Callable[..., Sequence[float]]:
@@ -229,8 +235,8 @@ def _function(path: str, where: str) -> Callable[..., Sequence[float]]:
         function = getattr(module, attribute)
     except FileNotFoundError:
         raise UserError(f"{where}: no file {place}") from None
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}: {path} cannot be imported: {error}") from None
+    except Exception as error:  # whatever the user's file raises while it is imported
+        raise UserError(f"{where}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"{where}: {path} is no function")
     return function

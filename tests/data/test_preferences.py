@@ -1,0 +1,436 @@
+"""Preference pairs: every supported format gives the same shape, and whatever is left out is counted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_rlhf.config import RunConfig
+from lora_rlhf.data.preferences import PairReport, PreferencePair, UnusableRow, pair_from_row, preference_pairs
+from lora_rlhf.errors import UserError
+
+Row = dict[str, Any]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def hh(*turns: str) -> str:
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
+def row(question: str, good: str = "Yes.", bad: str = "No.") -> Row:
+    return {"prompt": question, "chosen": good, "rejected": bad}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Callable[..., str]:
+    """Write training rows (and held-out ones) into a folder of its own and return its path."""
+
+    def write(rows: list[Row], held_out: list[Row] | None = None, name: str = "data") -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, part in (("train", rows), ("test", held_out or [row("held out")])):
+            (folder / f"{file}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+        return str(folder)
+
+    return write
+
+
+def questions(pairs: list[PreferencePair]) -> list[str]:
+    return [pair.prompt[-1][1] for pair in pairs]
+
+
+# Formats
+
+SINGLE = PreferencePair((("user", "What is 2 + 2?"),), "It is four.", "It is five.")
+MULTI = PreferencePair((("user", "Hi."), ("assistant", "Hello!"), ("user", "2 + 2?")), "Four.", "Five.")
+OF_SYSTEM = PreferencePair((("system", "Be brief."), ("user", "2 + 2?")), "Four.", "Five.")
+DIALOGUE = [user("Hi."), assistant("Hello!"), user("2 + 2?")]
+
+
+@pytest.mark.parametrize(
+    ("source", "pair"),
+    [
+        pytest.param(
+            {"chosen": hh("What is 2 + 2?", "It is four."), "rejected": hh("What is 2 + 2?", "It is five.")},
+            SINGLE,
+            id="hh single turn",
+        ),
+        pytest.param(
+            {"chosen": hh("Hi.", "Hello!", "2 + 2?", "Four."), "rejected": hh("Hi.", "Hello!", "2 + 2?", "Five.")},
+            MULTI,
+            id="hh multi-turn",
+        ),
+        pytest.param(
+            {"prompt": "What is 2 + 2?", "chosen": " It is four.", "rejected": " It is five."},
+            SINGLE,
+            id="explicit prompt, text",
+        ),
+        pytest.param(
+            {
+                "prompt": [user("What is 2 + 2?")],
+                "chosen": [assistant("It is four.")],
+                "rejected": [assistant("It is five.")],
+            },
+            SINGLE,
+            id="explicit prompt, messages",
+        ),
+        pytest.param(
+            {"prompt": DIALOGUE, "chosen": [assistant("Four.")], "rejected": [assistant("Five.")]},
+            MULTI,
+            id="explicit prompt, messages, multi-turn",
+        ),
+        pytest.param(
+            {"prompt": DIALOGUE, "chosen": "Four.", "rejected": "Five."},
+            MULTI,
+            id="prompt as messages, answers as text",
+        ),
+        pytest.param(
+            {"prompt": hh("Hi.", "Hello!", "2 + 2?"), "chosen": "Four.", "rejected": "Five."},
+            MULTI,
+            id="explicit prompt in hh form",
+        ),
+        pytest.param(
+            {"prompt": hh("Hi.", "Hello!", "2 + 2?") + "\n\nAssistant:", "chosen": " Four.", "rejected": " Five."},
+            MULTI,
+            id="explicit prompt in hh form that opens the answer",
+        ),
+        pytest.param(
+            {"chosen": "What is 2 + 2? It is four.", "rejected": "What is 2 + 2? It is five."},
+            PreferencePair((("user", "What is 2 + 2? It is"),), "four.", "five."),
+            id="implicit prompt, text",
+        ),
+        pytest.param(
+            {"chosen": "The sky: blue", "rejected": "The sky: black"},
+            PreferencePair((("user", "The sky:"),), "blue", "black"),
+            id="implicit prompt, text, cut at the start of a word",
+        ),
+        pytest.param(
+            {"chosen": [*DIALOGUE, assistant("Four.")], "rejected": [*DIALOGUE, assistant("Five.")]},
+            MULTI,
+            id="implicit prompt, messages",
+        ),
+        pytest.param(
+            {
+                "chosen": [{"role": "system", "content": "Be brief."}, user("2 + 2?"), assistant("Four.")],
+                "rejected": [{"role": "system", "content": "Be brief."}, user("2 + 2?"), assistant("Five.")],
+            },
+            OF_SYSTEM,
+            id="system turn",
+        ),
+        pytest.param(
+            {
+                "prompt": "What is 2 + 2?",
+                "chosen": [user("What is 2 + 2?"), assistant("It is four.")],
+                "rejected": [user("What is 2 + 2?"), assistant("It is five.")],
+            },
+            SINGLE,
+            id="prompt as text beside whole dialogues, as in ultrafeedback_binarized",
+        ),
+    ],
+)
+def test_every_format_gives_the_same_pair(source: Row, pair: PreferencePair) -> None:
+    assert pair_from_row(source) == pair
+
+
+def test_a_pair_keeps_the_rows_other_columns() -> None:
+    pair = pair_from_row(row("Why?") | {"source": "forum", "score": 3})
+    assert dict(pair.columns) == {"source": "forum", "score": 3}
+    assert pair.messages == [user("Why?")]
+
+
+def test_an_empty_prompt_column_means_an_implicit_prompt() -> None:
+    source = {"prompt": None, "chosen": hh("Hi.", "Hello!"), "rejected": hh("Hi.", "Go.")}
+    assert pair_from_row(source).prompt == (("user", "Hi."),)
+
+
+def test_blank_lines_inside_a_turn_stay_in_it() -> None:
+    pair = pair_from_row({"chosen": hh("Hi.\n\nThere.", "One.\n\nTwo."), "rejected": hh("Hi.\n\nThere.", "No.")})
+    assert (pair.prompt, pair.chosen) == ((("user", "Hi.\n\nThere."),), "One.\n\nTwo.")
+
+
+TEXT = st.text("abc .\n", min_size=1, max_size=20).filter(lambda t: t.strip())
+
+
+@given(st.lists(TEXT, min_size=1, max_size=5).filter(lambda t: len(t) % 2 == 1), TEXT, TEXT)
+def test_hh_text_and_messages_of_a_dialogue_give_the_same_pair(turns: list[str], good: str, bad: str) -> None:
+    turns = [turn.strip() for turn in turns]
+    messages = [(user, assistant)[i % 2](turn) for i, turn in enumerate(turns)]
+
+    def outcome(source: Row) -> PreferencePair | str:
+        try:
+            return pair_from_row(source)
+        except UnusableRow as reason:
+            return str(reason)
+
+    as_text = outcome({"chosen": hh(*turns, good), "rejected": hh(*turns, bad)})
+    assert as_text == outcome({"chosen": [*messages, assistant(good)], "rejected": [*messages, assistant(bad)]})
+    assert as_text == outcome({"prompt": messages, "chosen": good, "rejected": bad})
+    assert (as_text == "chosen equals rejected") == (good.strip() == bad.strip())
+
+
+# Rows that cannot be used
+
+UNUSABLE = [
+    (
+        {"chosen": hh("Hi.", "A", "Q", "B"), "rejected": hh("Hi.", "Z", "Q", "C")},
+        "dialogues differ before the last turn",
+    ),
+    ({"chosen": hh("Hi.", "A"), "rejected": hh("Ho.", "B")}, "dialogues differ before the last turn"),
+    ({"chosen": hh("Hi.", "A", "And?"), "rejected": hh("Hi.", "A", "So?")}, "last turn is not the assistant's"),
+    ({"chosen": [user("Hi."), user("A")], "rejected": [user("Hi."), user("B")]}, "last turn is not the assistant's"),
+    ({"prompt": "", "chosen": "A", "rejected": "B"}, "empty prompt"),
+    ({"prompt": " \n", "chosen": "A", "rejected": "B"}, "empty prompt"),
+    ({"chosen": [assistant("A")], "rejected": [assistant("B")]}, "empty prompt"),
+    ({"chosen": "One.", "rejected": "Two."}, "empty prompt"),
+    ({"prompt": "Q", "chosen": "", "rejected": "B"}, "empty answer"),
+    ({"prompt": "Q", "chosen": "A", "rejected": " \n"}, "empty answer"),
+    ({"prompt": "Q", "chosen": None, "rejected": "B"}, "empty answer"),
+    ({"prompt": "Q", "chosen": [], "rejected": "B"}, "empty answer"),
+    ({"chosen": hh("Hi.", ""), "rejected": hh("Hi.", "B")}, "empty answer"),
+    ({"prompt": "Q", "chosen": "A", "rejected": "A"}, "chosen equals rejected"),
+    ({"prompt": "Q", "chosen": "A", "rejected": " A\n"}, "chosen equals rejected"),
+    ({"chosen": hh("Hi.", "A"), "rejected": hh("Hi.", "A")}, "chosen equals rejected"),
+    ({"prompt": "Q", "chosen": 1, "rejected": 2}, "not text or messages"),
+    ({"prompt": "Q", "chosen": ["A"], "rejected": ["B"]}, "not text or messages"),
+    ({"prompt": "Q", "chosen": [{"role": "assistant"}], "rejected": "B"}, "not text or messages"),
+    ({"prompt": {"text": "Q"}, "chosen": "A", "rejected": "B"}, "not text or messages"),
+    ({"prompt": [{"role": "tool", "content": "Q"}], "chosen": "A", "rejected": "B"}, "unknown role"),
+    ({"prompt": [{"content": "Q"}], "chosen": "A", "rejected": "B"}, "unknown role"),
+]
+
+
+@pytest.mark.parametrize(("source", "reason"), UNUSABLE)
+def test_an_unusable_row_says_why(source: Row, reason: str) -> None:
+    with pytest.raises(UnusableRow) as error:
+        pair_from_row(source)
+    assert str(error.value) == reason
+
+
+def test_a_dialogue_beside_a_plain_text_is_no_pair() -> None:
+    with pytest.raises(UnusableRow):
+        pair_from_row({"chosen": hh("Hi.", "Hello!", "Sky?", "It is blue"), "rejected": "It is green"})
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5) | st.just(hh("a", "b")),
+    lambda v: st.lists(v, max_size=2) | st.dictionaries(st.sampled_from(["role", "content"]), v, max_size=2),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "other"]), JSON))
+def test_any_row_is_a_pair_or_unusable(source: Row) -> None:
+    try:
+        pair = pair_from_row(source)
+    except UnusableRow:
+        return
+    assert pair.chosen.strip()
+    assert pair.rejected.strip()
+    assert pair.chosen != pair.rejected
+    assert pair.prompt[-1][0] == "user"
+
+
+def test_unusable_rows_are_left_out_and_counted_by_reason(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    text_rows = [
+        row("one"), row("two"), row("", "A", "B"), row("Q", "", "B"), row("Q", "A", "A"), row("Q", "B", " B"),
+        {"prompt": None, "chosen": hh("Hi.", "A"), "rejected": hh("Ho.", "B")},
+    ]  # fmt: skip
+    pairs, report = preference_pairs(make_config(dataset_name=[dataset(text_rows)]), tokenizer, "train")
+    assert sorted(questions(pairs)) == ["one", "two"]
+    assert report.left_out == Counter(
+        {
+            "empty prompt": 1,
+            "empty answer": 1,
+            "chosen equals rejected": 2,
+            "dialogues differ before the last turn": 1,
+        }
+    )
+    assert (report.read, report.kept) == (7, 2)
+
+
+def test_long_prompts_and_long_pairs_are_left_out_and_counted(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    rows = [row("short"), row("why " * 60), row("long good", good="yes " * 90), row("long bad", bad="no " * 90)]
+    config = make_config(dataset_name=[dataset(rows)], max_prompt_length=30, max_length=80)
+    pairs, report = preference_pairs(config, tokenizer, "train")
+    assert questions(pairs) == ["short"]
+    assert report.left_out == Counter({"prompt over 30 tokens": 1, "over 80 tokens": 2})
+
+
+def test_lengths_include_template_and_eos_and_the_limit_itself_is_allowed(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    text = tokenizer.apply_chat_template([user("Why?"), assistant("Because.")], tokenize=False)
+    whole = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    name = dataset([row("Why?", "Because.", "No.")])
+    pairs, _ = preference_pairs(make_config(dataset_name=[name], max_length=whole), tokenizer, "train")
+    assert len(pairs) == 1
+    with pytest.raises(UserError, match=f"1 over {whole - 1} tokens"):
+        preference_pairs(make_config(dataset_name=[name], max_length=whole - 1), tokenizer, "train")
+
+
+def test_missing_columns_are_named_with_those_that_are_there(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    name = dataset([{"instruction": "Q", "output": "A"}])
+    with pytest.raises(UserError) as error:
+        preference_pairs(make_config(dataset_name=[name]), tokenizer, "train")
+    assert name in str(error.value)
+    assert "no column chosen and no column rejected" in str(error.value)
+    assert "instruction, output" in str(error.value)
+
+
+def test_one_missing_column_is_named_alone(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    with pytest.raises(UserError, match="has no column rejected; it has chosen, prompt"):
+        name = dataset([{"prompt": "Q", "chosen": "A"}])
+        preference_pairs(make_config(dataset_name=[name]), tokenizer, "train")
+
+
+def test_nothing_usable_in_one_of_several_data_sets_stops_the_run_with_the_reasons(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    good, bad = dataset([row("one")], name="good"), dataset([row("Q", "A", "A"), row("Q", "", "B")], name="bad")
+    with pytest.raises(UserError) as error:
+        preference_pairs(make_config(dataset_name=[good, bad]), tokenizer, "train")
+    assert f"no usable pair in {bad} " in str(error.value)
+    assert "1 chosen equals rejected" in str(error.value)
+    assert "1 empty answer" in str(error.value)
+
+
+# Mixtures, limits and order
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "expected"),
+    [
+        ((60, 60), [], (60, 60)),
+        ((60, 60), [1, 1], (60, 60)),
+        ((60, 60), [3, 1], (60, 20)),
+        ((60, 20), [1, 1], (20, 20)),
+        ((30, 60), [0.25, 0.75], (20, 60)),
+        ((10, 60), [100, 1], (10, 1)),
+        ((12, 12, 12), [1, 2, 3], (4, 8, 12)),
+    ],
+)
+def test_weights_are_the_shares_of_the_largest_mixture(
+    make_config: Callable[..., RunConfig],
+    tokenizer: Any,
+    dataset: Callable[..., str],
+    sizes: tuple[int, ...],
+    weights: list[float],
+    expected: tuple[int, ...],
+) -> None:
+    names = [dataset([row(f"{i} {n}") for n in range(size)], name=f"part{i}") for i, size in enumerate(sizes)]
+    config = make_config(dataset_name=names, dataset_weights=weights)
+    pairs, report = preference_pairs(config, tokenizer, "train")
+    shares = Counter(question.split()[0] for question in questions(pairs))
+    assert tuple(shares[str(i)] for i in range(len(sizes))) == expected
+    assert len(set(questions(pairs))) == sum(expected) == report.kept
+    assert report.left_out["beyond dataset_weights"] == sum(sizes) - sum(expected)
+
+
+def test_what_a_weight_leaves_out_is_not_always_the_end_of_the_file(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    names = [dataset([row(f"{i} {n:02}") for n in range(40)], name=f"part{i}") for i in range(2)]
+    config = make_config(dataset_name=names, dataset_weights=[1, 4])
+    pairs, _ = preference_pairs(config, tokenizer, "train")
+    assert sorted(q for q in questions(pairs) if q.startswith("0")) != [f"0 {n:02}" for n in range(10)]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_max_pairs_limit_their_own_split_only(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str], split: Any
+) -> None:
+    name = dataset([row(f"t {n}") for n in range(9)], [row(f"e {n}") for n in range(8)])
+    limits = {"train": {"max_train_pairs": 5}, "test": {"max_eval_pairs": 5}}
+    pairs, report = preference_pairs(make_config(dataset_name=[name], **limits[split]), tokenizer, split)
+    assert (len(pairs), report.kept) == (5, 5)
+    assert sum(report.left_out.values()) == report.read - 5
+    other = "test" if split == "train" else "train"
+    pairs, report = preference_pairs(make_config(dataset_name=[name], **limits[other]), tokenizer, split)
+    assert len(pairs) == report.read
+    assert not report.left_out
+
+
+def test_a_limit_above_the_number_of_pairs_changes_nothing(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    name = dataset([row(f"{n}") for n in range(6)])
+    pairs, report = preference_pairs(make_config(dataset_name=[name], max_train_pairs=99), tokenizer, "train")
+    assert len(pairs) == 6
+    assert str(report) == "6 of 6 rows"
+
+
+def test_the_order_is_the_seeds_and_not_the_files(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    name = dataset([row(f"{n:02}") for n in range(30)])
+
+    def order(seed: int) -> list[str]:
+        return questions(preference_pairs(make_config(dataset_name=[name], seed=seed), tokenizer, "train")[0])
+
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+    assert order(0) != sorted(order(0)) == sorted(order(1))
+
+
+def test_two_data_sets_come_mixed_and_not_one_after_the_other(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    names = [dataset([row(f"{i} {n}") for n in range(20)], name=f"part{i}") for i in range(2)]
+    pairs, _ = preference_pairs(make_config(dataset_name=names), tokenizer, "train")
+    assert {question[0] for question in questions(pairs)[:12]} == {"0", "1"}
+
+
+# The report
+
+
+def numbers(report: PairReport) -> tuple[int, int, list[int]]:
+    head, _, tail = str(report).partition(" (left out: ")
+    kept, read = map(int, re.findall(r"\d+", head))
+    return kept, read, [int(part.split()[0]) for part in tail.rstrip(")").split(", ") if part]
+
+
+def test_the_text_of_a_report_adds_up_for_a_real_mixture(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    one = dataset([row(f"{n}") for n in range(20)] + [row("Q", "A", "A"), row("why " * 99)], name="one")
+    two = dataset([row(f"{n}") for n in range(9)] + [row("Q", "", "A")], name="two")
+    config = make_config(dataset_name=[one, two], dataset_weights=[1, 1], max_train_pairs=7, max_prompt_length=50)
+    pairs, report = preference_pairs(config, tokenizer, "train")
+    kept, read, left_out = numbers(report)
+    assert len(left_out) == 5
+    assert (kept, read) == (len(pairs), 32) == (7, 32)
+    assert kept + sum(left_out) == read
+
+
+@given(st.integers(0, 99), st.dictionaries(st.sampled_from(["empty answer", "over 9 tokens"]), st.integers(-3, 9)))
+def test_the_text_of_a_report_adds_up(kept: int, left_out: dict[str, int]) -> None:
+    report = PairReport(kept=kept)
+    for reason, rows in left_out.items():
+        report.leave_out(reason, rows)
+    report.read = kept + sum(rows for rows in left_out.values() if rows > 0)
+    found = numbers(report)
+    assert found[0] + sum(found[2]) == found[1]
+    assert 0 not in found[2]

@@ -1,0 +1,444 @@
+"""The PPO loop on the tiny base: what it normalises, penalises, updates, leaves alone, and reports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+import pytest
+import torch
+
+from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
+from lora_rlhf.config import PpoSettings, RunConfig
+from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.ppo import trainer as trainer_module
+from lora_rlhf.ppo.losses import AdaptiveKl
+from lora_rlhf.ppo.rollout import Rollout
+from lora_rlhf.ppo.scoring import answers_of, scored_rollout
+from lora_rlhf.ppo.trainer import PpoTrainer
+from lora_rlhf.reward.sources import AdapterReward, CombinedReward, FunctionReward, RewardSource, ScoreScale
+
+PROMPTS = ["hi", "tell me a joke", "why?", "what is the sea made of", "a b c d e f g"]
+PAIRS = [PreferencePair((("user", text),), "good", "bad") for text in PROMPTS]
+TIMINGS = {"seconds_rollout", "seconds_score", "seconds_update", "samples_per_second", "peak_memory_gib"}
+
+Metrics = dict[str, float]
+MakeTrainer = Callable[..., PpoTrainer]
+
+
+def text_length(prompts: Any, completions: Any, **_: Any) -> list[int]:
+    return [len(c[0]["content"]) for c in completions]
+
+
+@pytest.fixture
+def make_trainer(
+    make_config: Callable[..., RunConfig], make_base: Callable[..., SharedBase], tokenizer: Any
+) -> MakeTrainer:
+    """A trainer whose policy and reward adapter are random and whose model often says EOS; keywords set `ppo`."""
+
+    def make(
+        function: Callable[..., Any] | None = None, seed: int = 0, scales: dict[str, ScoreScale] | None = None,
+        weight: float = 1.0, model: str | None = None, **ppo: Any,
+    ) -> PpoTrainer:  # fmt: skip
+        config = make_config(ppo={"normalization_samples": 8, "learning_rate": 1e-3} | ppo)
+        config = replace(config, model_name_or_path=model or config.model_name_or_path)
+        torch.manual_seed(seed)
+        base = make_base(config, roles=(REWARD,))
+        with torch.no_grad():
+            base.lm_head.weight[tokenizer.eos_token_id] *= 8
+        source: RewardSource = AdapterReward(base, weight=weight, batch=3)
+        if function:
+            source = FunctionReward(function, "function", weight)
+        return PpoTrainer(base, tokenizer, PAIRS, CombinedReward([source], dict(scales or {})), config.ppo, seed)
+
+    return make
+
+
+def settled(metrics: Metrics) -> Metrics:
+    """The metrics that do not depend on the clock."""
+    return {name: value for name, value in metrics.items() if name not in TIMINGS}
+
+
+def weights(trainer: PpoTrainer, *roles: str) -> list[torch.Tensor]:
+    return [p.detach().clone() for role in roles or (POLICY, VALUE) for p in trainer.base.parameters(role)]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def close(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float) -> None:
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def close_metrics(one: Metrics, other: Metrics, tolerance: float) -> None:
+    assert settled(one) == pytest.approx(settled(other), abs=tolerance)
+
+
+def rolled_and_scored(trainer: PpoTrainer, count: int = 6) -> tuple[Rollout, Any]:
+    chosen = trainer._next_prompts(count)
+    rollout = trainer._rollout(POLICY, chosen)
+    answers = answers_of(rollout, *trainer._prompts_and_columns(chosen))
+    return rollout, scored_rollout(
+        trainer.base, rollout, trainer.reward, answers, trainer.settings, trainer.value_offset
+    )
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, note: Callable[..., None]) -> None:
+    """Let `note` see the arguments of every call of `owner.name`, which works as before."""
+    original = getattr(owner, name)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        note(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+# -- scores and targets -----------------------------------------------------------------------------------------------
+
+
+def test_scores_are_normalised_on_samples_of_the_reference_before_ppo(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[float]] = []
+    roles: list[str] = []
+    watch(
+        monkeypatch,
+        trainer_module,
+        "sampled_answers",
+        lambda _, role, prompts, *__: roles.extend([role] * len(prompts)),
+    )
+
+    def recorded(**kwargs: Any) -> list[int]:
+        seen.append(text_length(**kwargs))
+        return seen[-1]
+
+    trainer = make_trainer(recorded)
+    raw = torch.tensor(seen[0], dtype=torch.float32)
+    assert roles == [REFERENCE] * 8 and len(raw) == 8
+    scale = trainer.reward.scales["function"]
+    normalised = (raw - scale.mean) / scale.std
+    assert normalised.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert normalised.std().item() == pytest.approx(1.0, abs=1e-5)
+
+    metrics = trainer.step()
+    assert metrics["score/function"] == pytest.approx(sum(seen[1]) / 4)
+    assert metrics["score"] == pytest.approx((metrics["score/function"] - scale.mean) / scale.std, abs=1e-5)
+    assert trainer.normalization()["scales"] == {"function": {"mean": scale.mean, "std": scale.std}}
+
+
+def test_scales_that_are_there_already_are_kept(make_trainer: MakeTrainer) -> None:
+    scales = {"function": ScoreScale(3.0, 2.0)}
+    assert make_trainer(text_length, scales=scales).reward.scales == scales
+
+
+def test_an_answer_without_end_loses_the_penalty(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(text_length, batch_size=16, missing_eos_penalty=2.5, kl_coef=0.0)
+    penalised = trainer.penalised(torch.tensor([1.0, 1.0]), torch.tensor([True, False]))
+    assert penalised.tolist() == [1.0, -1.5]
+    metrics = trainer.step()
+    assert 0 < metrics["ended_rate"] < 1
+    expected = metrics["score"] - 2.5 * (1 - metrics["ended_rate"])
+    assert metrics["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_reward_that_is_learned_from_is_penalised_score_less_kl(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(lam=1.0, missing_eos_penalty=2.5, kl_coef=0.3)
+    rollout, scored = rolled_and_scored(trainer, 10)
+    assert 0 < rollout.ended.sum() < 10
+    kl, mask = scored.logprobs - scored.reference, rollout.action_mask
+    advantages, returns = trainer.targets(rollout, scored, kl)
+    # With λ = γ = 1 the return of a state is all that comes after it, and the advantage is what the value missed.
+    score = scored.score - 2.5 * (~rollout.ended).float()
+    later = score[:, None] - 0.3 * kl.flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(returns[:, :-1][mask], later[mask], atol=1e-4, rtol=1e-5)
+    missed = (later - scored.values[:, :-1])[mask]
+    assert missed.std() > 0.1
+    expected = (missed - missed.mean()) / missed.std()
+    torch.testing.assert_close(advantages[mask], expected, atol=1e-4, rtol=1e-4)
+    assert (advantages[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("weight", [1.0, -3.0])
+def test_the_value_role_starts_as_the_reward_role_with_its_head_at_the_normalised_score(
+    make_trainer: MakeTrainer, weight: float
+) -> None:
+    trainer = make_trainer(weight=weight)
+    adapter, value = weights(trainer, REWARD), weights(trainer, VALUE)
+    assert same(adapter[:-1], value[:-1])
+    torch.testing.assert_close(value[-1], adapter[-1] * weight / trainer.reward.scales["reward"].std)
+    rollout, scored = rolled_and_scored(trainer)
+    last = rollout.action_mask.sum(1, keepdim=True)
+    torch.testing.assert_close(scored.values.gather(1, last)[:, 0], scored.score, atol=1e-4, rtol=0)
+    assert scored.score.std() > 0.1
+    assert trainer.normalization()["value_offset"] == trainer.value_offset != 0.0
+
+
+def test_without_a_reward_adapter_the_value_starts_at_0(make_trainer: MakeTrainer) -> None:
+    _, scored = rolled_and_scored(make_trainer(text_length))
+    assert (scored.values == 0).all()
+
+
+# -- the update -------------------------------------------------------------------------------------------------------
+
+
+def test_old_and_new_policy_agree_in_the_first_minibatch(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(num_ppo_epochs=2, num_mini_batches=2)
+    for _ in range(2):
+        metrics = trainer.step()
+        assert metrics["first_ratio_deviation"] < 1e-5
+        assert metrics["sampler_max_difference"] < 1e-4
+    assert metrics["update_kl"] > 1e-8  # later minibatches did move
+
+
+def test_every_epoch_goes_through_the_batch_in_a_fresh_order(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(batch_size=8, num_ppo_epochs=3, num_mini_batches=2, update_kl_limit=None)
+    rows: list[list[int]] = []
+    watch(monkeypatch, trainer, "_accumulate", lambda *args: rows.append(args[4].tolist()))
+    trainer.step()
+    assert [len(r) for r in rows] == [4] * 6
+    epochs = [rows[i] + rows[i + 1] for i in (0, 2, 4)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_prompts_are_drawn_through_one_permutation_after_another(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(text_length, normalization_samples=5)
+    drawn = [i for _ in range(5) for i in trainer._next_prompts(4)]
+    passes = [drawn[i : i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(one) == list(range(5)) for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+
+
+def test_the_learning_rate_is_annealed_to_0(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(text_length, learning_rate=4e-3, value_learning_rate=8e-3, total_steps=4)
+    seen = []
+    for _ in range(4):
+        value_rate = trainer.optimizer.param_groups[1]["lr"]
+        rate = trainer.step()["learning_rate"]
+        assert value_rate == pytest.approx(2 * rate)
+        seen.append(rate)
+    assert seen == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.0, 0.0]
+
+
+def test_the_optimizer_is_adam_with_epsilon_1e_5_over_policy_and_value_alone(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    assert type(trainer.optimizer) is torch.optim.Adam
+    policy, value = trainer.optimizer.param_groups
+    assert policy["eps"] == value["eps"] == 1e-5
+    assert policy["lr"] == value["lr"] == 1e-3  # no value_learning_rate: the same
+    for group, role in ((policy, POLICY), (value, VALUE)):
+        assert {id(p) for p in group["params"]} == {id(p) for p in trainer.base.parameters(role)}
+    trainable = {id(p) for p in (*trainer.base.model.parameters(), *trainer.base.heads.parameters()) if p.requires_grad}
+    assert trainable == {id(p) for role in (POLICY, VALUE) for p in trainer.base.parameters(role)}
+
+
+def test_gradients_are_clipped_to_one_norm_over_policy_and_value(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(max_grad_norm=1e-3)
+    assert trainer.step()["grad_norm"] > 1e-3
+    both = [p.grad for role in (POLICY, VALUE) for p in trainer.base.parameters(role)]
+    assert torch.nn.utils.get_total_norm(both).item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_value_warm_up_moves_the_value_alone_and_then_ends(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(value_warmup_steps=2)
+    for step in range(3):
+        policy, value = weights(trainer, POLICY), weights(trainer, VALUE)
+        trainer.step()
+        assert same(policy, weights(trainer, POLICY)) == (step < 2)
+        assert not same(value, weights(trainer, VALUE))
+
+
+@pytest.mark.parametrize(("limit", "optimizer_steps"), [(1e-9, 1), (None, 4), (1e9, 4)])
+def test_a_step_ends_early_when_new_and_old_policy_part(
+    make_trainer: MakeTrainer, limit: float | None, optimizer_steps: int
+) -> None:
+    trainer = make_trainer(num_ppo_epochs=4, update_kl_limit=limit)
+    taken: list[int] = []
+    trainer.optimizer.register_step_post_hook(lambda *_: taken.append(1))
+    metrics = trainer.step()
+    assert len(taken) == optimizer_steps
+    assert metrics["update_stopped"] == float(optimizer_steps < 4)
+    assert trainer.stopped_early is None
+
+
+@pytest.mark.parametrize(("limit", "stops"), [(1e-3, True), (None, False), (1e9, False)])
+def test_ppo_stops_when_the_kl_of_an_answer_passes_max_kl(
+    make_trainer: MakeTrainer, limit: float | None, stops: bool
+) -> None:
+    trainer = make_trainer(batch_size=16, max_kl=limit)
+    metrics = trainer.step()
+    assert metrics["kl"] > 1e-3  # the random policy is far from the reference
+    assert bool(trainer.stopped_early) == stops
+    if stops:
+        assert "max_kl" in trainer.stopped_early and "step 1" in trainer.stopped_early
+
+
+def test_the_kl_coefficient_adapts_after_each_step(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(adaptive_kl=True, kl_target=1e-3, kl_horizon=40, kl_coef=0.1)
+    assert isinstance(trainer.kl, AdaptiveKl)
+    # far above target: × (1 + 0.2 · 4 answers / 40) = × 1.02 per step, from the second step on
+    assert [trainer.step()["kl_coef"] for _ in range(3)] == pytest.approx([0.1, 0.102, 0.10404])
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_the_micro_batch_size_does_not_change_the_result(make_trainer: MakeTrainer, micro: int) -> None:
+    results = []
+    for size in (micro, 4):
+        trainer = make_trainer(batch_size=8, num_mini_batches=2, micro_batch_size=size)
+        metrics = trainer.step()
+        assert 0 < metrics["ended_rate"] < 1  # answers of several lengths
+        results.append((weights(trainer), metrics))
+    close(results[0][0], results[1][0], 1e-5)
+    close_metrics(results[0][1], results[1][1], 1e-4)
+
+
+def test_checkpointing_does_not_change_the_result(make_trainer: MakeTrainer) -> None:
+    results = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(gradient_checkpointing=checkpointing)
+        metrics = [trainer.step() for _ in range(2)]
+        results.append((weights(trainer), metrics))
+    close(results[0][0], results[1][0], 1e-5)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        close_metrics(one, other, 1e-4)
+
+
+def test_scoring_in_one_mixed_pass_gives_the_same_metrics(make_trainer: MakeTrainer) -> None:
+    runs = [
+        [trainer.step() for _ in range(2)]
+        for trainer in (make_trainer(mixed_adapter_scoring=mixed, scoring_batch_size=3) for mixed in (True, False))
+    ]
+    for one, other in zip(*runs, strict=True):
+        close_metrics(one, other, 1e-4)
+
+
+def test_base_weights_and_reward_adapter_stay_bit_identical(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(learning_rate=1e-2, num_ppo_epochs=2, gradient_checkpointing=True)
+
+    def frozen() -> dict[str, torch.Tensor]:
+        whole = {**trainer.base.model.state_dict(), **trainer.base.heads.state_dict(prefix="heads.")}
+        learned = (f".{POLICY}.", f".{VALUE}.")
+        return {n: t.clone() for n, t in whole.items() if not any(part in f".{n}." for part in learned)}
+
+    before, learned = frozen(), weights(trainer)
+    for _ in range(2):
+        trainer.step()
+    after = frozen()
+    assert before.keys() == after.keys() and any("reward" in n for n in before)
+    assert any(t.dtype == torch.uint8 for t in before.values())  # the 4-bit weights are among them
+    assert [n for n in before if not torch.equal(before[n], after[n])] == []
+    assert not any(torch.equal(a, b) for a, b in zip(learned, weights(trainer), strict=True))
+
+
+def live_dropout(base: SharedBase) -> list[str]:
+    """Modules that would drop something if they ran now."""
+    live = [(name, module) for name, module in base.model.named_modules() if module.training]
+    return [name for name, module in live if getattr(module, "p", 0.0) or getattr(module, "attention_dropout", 0.0)]
+
+
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.3])
+def test_nothing_is_dropped_in_any_role_even_where_the_base_was_trained_with_dropout(
+    make_trainer: MakeTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_folder: Any,
+    tmp_path: Any,
+    attention_dropout: float,
+) -> None:
+    folder = tmp_path / "dropping"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": attention_dropout}))
+    trainer = make_trainer(model=str(folder), gradient_checkpointing=True)
+    dropping: list[str] = []
+    roles: set[str] = set()
+
+    def note(role: str, *_: Any) -> None:
+        roles.add(role)
+        dropping.extend(live_dropout(trainer.base))
+
+    watch(monkeypatch, trainer.base, "hidden", note)
+    metrics = trainer.step()
+    assert roles == {POLICY, REFERENCE, REWARD, VALUE}
+    assert metrics["first_ratio_deviation"] < 1e-5
+    assert dropping == []
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_is_finite_and_every_step_has_the_same_ones(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(num_ppo_epochs=2, adaptive_kl=True)
+    steps = [trainer.step() for _ in range(3)]
+    assert all(isfinite(value) for metrics in steps for value in metrics.values())
+    assert {frozenset(metrics) for metrics in steps} == {frozenset(steps[0])}
+    assert [m["step"] for m in steps] == [1, 2, 3] and [m["episodes"] for m in steps] == [4, 8, 12]
+
+
+def widened(rollout: Rollout, pad: int, left: int, right: int) -> Rollout:
+    """The same answers in wider arrays."""
+
+    def wider(x: torch.Tensor, left: int, right: int, fill: float) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (left, right), value=fill)
+
+    return replace(
+        rollout,
+        query_ids=wider(rollout.query_ids, left, 0, pad), query_mask=wider(rollout.query_mask, left, 0, False),
+        response_ids=wider(rollout.response_ids, 0, right, pad),
+        action_mask=wider(rollout.action_mask, 0, right, False), score_ids=wider(rollout.score_ids, 0, right, pad),
+        score_mask=wider(rollout.score_mask, 0, right, False),
+        sampled_logprobs=wider(rollout.sampled_logprobs, 0, right, 0.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_padding_changes_no_metric_and_no_parameter(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tokenizer: Any, whiten_rewards: bool
+) -> None:
+    sampled = trainer_module.sampled_answers
+    results = []
+    for columns in (0, 5):
+        trainer = make_trainer(batch_size=8, num_ppo_epochs=2, whiten_rewards=whiten_rewards)
+        monkeypatch.setattr(
+            trainer_module,
+            "sampled_answers",
+            lambda *args, n=columns: widened(sampled(*args), tokenizer.pad_token_id, n, n),
+        )
+        results.append((trainer.step(), weights(trainer)))
+    assert 0 < results[0][0]["ended_rate"] < 1
+    close_metrics(results[0][0], results[1][0], 1e-4)
+    close(results[0][1], results[1][1], 1e-5)
+
+
+@pytest.mark.parametrize("function", [None, text_length], ids=["adapter reward", "function reward"])
+def test_the_same_seed_gives_the_same_numbers_bit_for_bit(make_trainer: MakeTrainer, function: Any) -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        trainer = make_trainer(function, seed=seed, num_ppo_epochs=2, num_mini_batches=2)
+        runs.append([settled(trainer.step()) for _ in range(3)])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_penalty_uses_the_chosen_estimator_and_the_kl_metric_is_always_k1(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, estimator: PpoSettings
+) -> None:
+    trainer = make_trainer(text_length, kl_estimator=estimator, kl_coef=1.0, missing_eos_penalty=0.0)
+    scored = []
+    original = trainer_module.scored_rollout
+    monkeypatch.setattr(trainer_module, "scored_rollout", lambda *a: scored.append(original(*a)) or scored[0])
+    metrics = trainer.step()
+    d = scored[0].logprobs - scored[0].reference
+    estimate = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[estimator]
+    assert metrics["score"] - metrics["reward"] == pytest.approx(estimate.sum(1).mean().item(), rel=1e-4)
+    assert metrics["kl"] == pytest.approx(d.sum(1).mean().item(), abs=1e-4)
