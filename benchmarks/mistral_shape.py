@@ -91,7 +91,7 @@ def measured_step(config: RunConfig, steps: int) -> dict[str, Any]:
         metrics = trainer.step()
     tokens = metrics["response_length"] * config.ppo.batch_size
     return {
-        "parameters": sum(p.numel() for p in torch.nn.Module.parameters(base.causal_lm)),
+        "parameters": base.causal_lm.num_parameters(),
         "load_seconds": loaded,
         "weights_gib": weights,
         **{k: metrics[f"seconds_{k}"] for k in ("rollout", "score", "update")},
