@@ -41,7 +41,12 @@ def config_from_command_line(
         arguments: the words of the command line; none: this process's.
         default: file that is read where neither --config nor a model is named.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        usage="%(prog)s [--config FILE] [--FIELD VALUE ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with the fields below (nested: `ppo: {kl_coef: 0.1}`)."
     )
