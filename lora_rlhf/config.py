@@ -55,6 +55,10 @@ class TrainerSettings:
 class RewardSettings(TrainerSettings):
     """Reward stage: a LoRA reward adapter trained on preference pairs."""
 
+    contrast_share: float = setting(
+        0.0,
+        "Extra pairs, as a share of the given ones, with stubs, word salad and answers to other prompts as rejected.",
+    )
     center_rewards_coefficient: float | None = setting(
         None, "Weight of TRL's penalty on (chosen + rejected)^2, which keeps rewards near 0; none: off."
     )

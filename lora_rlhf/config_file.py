@@ -204,6 +204,8 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
             raise UserError(
                 f"{where}: {stage}.warmup_ratio is a share, from 0 to below 1; not {flat[f'{stage}.warmup_ratio']}"
             )
+    if not 0 <= config.reward.contrast_share < float("inf"):
+        raise UserError(f"{where}: reward.contrast_share is not below 0; not {config.reward.contrast_share}")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"{where}: seed is from 0 to 2^32 - 1, not {config.seed}")
     if config.ppo.normalization_samples < 2:

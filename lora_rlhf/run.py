@@ -43,7 +43,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             if config.overwrite_output_dir:
                 self._clear()
-            if (self / "config.yaml").is_file():
+            if (self / "config.yaml").is_file() and self._begun():
                 self._check_same_run(wanted)
             else:
                 text = yaml.safe_dump(config_to_mapping(config) | {"overwrite_output_dir": False}, sort_keys=False)
@@ -93,6 +93,10 @@ class RunDirectory:
                 f"--output_dir {shlex.quote(str(self.path))}` first, or direct_rlhf_lora.py, which runs every stage"
             )
         return self / name
+
+    def _begun(self) -> bool:
+        """Return whether anything but the config is here; a run that failed before that may be corrected freely."""
+        return any((self / name).exists() for name in CONTENTS if name != "config.yaml")
 
     def _clear(self) -> None:
         if any(self.path.iterdir()) and not (self / "config.yaml").is_file():

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.adapters import lora_config
+from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, SharedBase
-from lora_rlhf.config import RunConfig
+from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs
 from lora_rlhf.data.rows import Split
@@ -49,6 +50,8 @@ class Session:
         """
         chosen_backend(config)
         bad_word_pattern(config.compare.bad_words_file)
+        if config.model_name_or_path == EMBEDDED and not embedded_model_is_cached():
+            note("the embedded model (SmolLM2-135M, 93 MB) is downloaded and converted, once; a minute or so")
         tokenizer = load_tokenizer(config)
         return cls(config, RunDirectory(config), tokenizer)
 

