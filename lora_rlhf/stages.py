@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer
-from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, SharedBase
+from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs
@@ -148,7 +148,7 @@ def ppo_stage(session: Session) -> None:
         trainer = PpoTrainer(base, session.tokenizer, train, reward, config.ppo, config.seed)
         metrics = _ppo_steps(trainer, config.ppo.total_steps, run)
         base.save_adapter(POLICY, run / "policy_adapter")
-        base.save_adapter("value", run / "value_adapter")
+        base.save_adapter(VALUE, run / "value_adapter")
         write_text(run / "score_scales.json", json.dumps(trainer.normalization(), indent=1) + "\n")
         write_curves(metrics, run / "curves.png")
         seconds = sorted(m["seconds_rollout"] + m["seconds_score"] + m["seconds_update"] for m in metrics)
@@ -193,7 +193,7 @@ def merge_stage(session: Session) -> None:
         s = config.ppo
         prompts = [prompt_ids(session.tokenizer, pair.messages) for pair in test]
         generator = torch.Generator().manual_seed(config.seed)
-        sampling = Sampling(s.response_length, s.temperature, tuple(s.stop_strings), expand_weights=False)
+        sampling = replace(Sampling.of(s), expand_weights=False)
         rollout = sampled_answers(base, POLICY, prompts, sampling, session.tokenizer, generator)
         drift = {}
         for target in TARGETS:

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -21,23 +20,9 @@ from lora_rlhf.config_file import (
 )
 from lora_rlhf.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
-
 
 def command_line(*words: str) -> RunConfig:
     return config_from_command_line("A recipe.", words)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Any:
-    """Write YAML text to a file and return its path."""
-
-    def write(text: str) -> str:
-        path = tmp_path / "some.yaml"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
 
 
 NAMES = sorted({f.name for f in dataclasses.fields(RunConfig)} | {f.name for f in dataclasses.fields(PpoSettings)})

@@ -79,8 +79,7 @@ class SharedBase:
 
     def replace_adapter(self, role: str, folder: Path) -> None:
         """Give `role`, which is there already, the adapter in `folder`."""
-        config, weights, head = read_adapter(folder, self.identity)
-        del config
+        _, weights, head = read_adapter(folder, self.identity)
         self._fill(role, folder, weights)
         if head is not None:
             self._add_head(role, head)

@@ -35,6 +35,13 @@ class PreferencePair:
         return [{"role": role, "content": content} for role, content in self.prompt]
 
 
+def prompts_and_columns(pairs: Sequence[PreferencePair]) -> tuple[list[list[Message]], dict[str, list[Any]]]:
+    """Return the messages of each pair's prompt, and the other columns by name (none where a pair lacks one)."""
+    rows = [dict(pair.columns) for pair in pairs]
+    names = sorted({name for row in rows for name in row})
+    return [pair.messages for pair in pairs], {name: [row.get(name) for row in rows] for name in names}
+
+
 @dataclass
 class PairReport:
     """How many rows were read, kept, and left out for which reason."""

@@ -13,7 +13,7 @@ import torch
 from lora_rlhf.base.shared import REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
-from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.errors import UserError
 from lora_rlhf.merge import model_logprobs
 from lora_rlhf.ppo.rollout import Rollout, Sampling, model_answers, right_padded, sampled_answers
@@ -51,7 +51,7 @@ def role_answers(
     settings, parts = config.ppo, []
     generator = torch.Generator().manual_seed(seed)
     for chunk in _chunks(pairs, settings.scoring_batch_size):
-        rollout = sampled_answers(base, role, _prompts(tokenizer, chunk), _sampling(config), tokenizer, generator)
+        rollout = sampled_answers(base, role, _prompts(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator)
         own = _role_logprobs(base, role, rollout, config)
         ref = _role_logprobs(base, REFERENCE, rollout, config)
         parts.append(_part(rollout, (own - ref).sum(1), reward, chunk, rollout.text_ids, rollout.text_mask))
@@ -74,7 +74,7 @@ def model_arm_answers(
     same_vocabulary = tokenizer.get_vocab() == base_tokenizer.get_vocab()
     trunk, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
     for chunk in _chunks(pairs, config.ppo.scoring_batch_size):
-        rollout = model_answers(trunk, head, _prompts(tokenizer, chunk), _sampling(config), tokenizer, generator)
+        rollout = model_answers(trunk, head, _prompts(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator)
         # the reward model reads the dialogue in its own format, whatever template the arm answered in
         base_prompts = _prompts(base_tokenizer, chunk)
         read = [
@@ -132,9 +132,8 @@ def _part(
     ids: torch.Tensor,
     mask: torch.Tensor,
 ) -> ArmAnswers:
-    rows = [dict(pair.columns) for pair in chunk]
-    columns = {name: [row.get(name) for row in rows] for name in sorted({n for row in rows for n in row})}
-    score, _ = reward.scores(Answers(ids, mask, [pair.messages for pair in chunk], rollout.texts, columns))
+    prompts, columns = prompts_and_columns(chunk)
+    score, _ = reward.scores(Answers(ids, mask, prompts, rollout.texts, columns))
     return ArmAnswers(rollout.texts, rollout.ended.cpu(), kl.cpu(), score.cpu())
 
 
@@ -155,11 +154,6 @@ def _role_logprobs(base: SharedBase, role: str, rollout: Rollout, config: RunCon
         config.ppo.logits_chunk_size,
     )  # fmt: skip
     return logprobs
-
-
-def _sampling(config: RunConfig) -> Sampling:
-    s = config.ppo
-    return Sampling(s.response_length, s.temperature, tuple(s.stop_strings), s.expand_rollout_weights)
 
 
 def _prompts(tokenizer: Any, pairs: Sequence[PreferencePair]) -> list[list[int]]:

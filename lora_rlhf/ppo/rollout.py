@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from lora_rlhf.base.shared import SharedBase
+from lora_rlhf.config import PpoSettings
 
 
 @dataclass
@@ -69,6 +70,12 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()
     expand_weights: bool | None = None
     """Decode from a temporary 16-bit copy; none: where memory has room."""
+
+    @classmethod
+    def of(cls, settings: PpoSettings) -> Sampling:
+        """Return the sampling that the PPO settings describe."""
+        stops = tuple(settings.stop_strings)
+        return cls(settings.response_length, settings.temperature, stops, settings.expand_rollout_weights)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
-from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.memory_peak import peak_memory_gib
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, kl_estimate, policy_loss, value_loss
@@ -78,12 +78,6 @@ class PpoTrainer:
             self.optimizer, lambda step: max(0.0, 1 - step / settings.total_steps)
         )
 
-    @property
-    def sampling(self) -> Sampling:
-        """How this trainer samples (point 4: the full distribution)."""
-        s = self.settings
-        return Sampling(s.response_length, s.temperature, tuple(s.stop_strings), s.expand_rollout_weights)
-
     def _fit_reward_scales(self) -> None:
         """14. Normalise each source on the reference's own samples, before PPO starts."""
         chosen = self._next_prompts(self.settings.normalization_samples)
@@ -111,13 +105,12 @@ class PpoTrainer:
         return chosen
 
     def _prompts_and_columns(self, chosen: list[int]) -> tuple[list[Any], dict[str, list[Any]]]:
-        rows = [dict(self.pairs[i].columns) for i in chosen]
-        names = sorted({name for row in rows for name in row})
-        return [self.pairs[i].messages for i in chosen], {name: [row.get(name) for row in rows] for name in names}
+        return prompts_and_columns([self.pairs[i] for i in chosen])
 
     def _rollout(self, role: str, chosen: list[int]) -> Rollout:
         prompts = [self.prompt_ids[i] for i in chosen]
-        return sampled_answers(self.base, role, prompts, self.sampling, self.tokenizer, self.generator)
+        sampling = Sampling.of(self.settings)  # 4. the full distribution
+        return sampled_answers(self.base, role, prompts, sampling, self.tokenizer, self.generator)
 
     def step(self) -> Metrics:
         """Sample one batch of answers, learn from it, and return the metrics of the step."""
