@@ -37,7 +37,6 @@ def train_instruct_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pr
             args=SFTConfig(
                 **trainer_arguments(config, config.sft, scratch),
                 max_length=None,
-                train_sampling_strategy="group_by_length",
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,

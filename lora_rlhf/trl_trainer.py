@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from lora_rlhf.base.attention import attention_for_gradients
 from lora_rlhf.base.loading import device
 from lora_rlhf.config import RunConfig, TrainerSettings
 from lora_rlhf.terminal import note, progress
@@ -31,6 +32,7 @@ def trainer_arguments(config: RunConfig, settings: TrainerSettings, scratch: str
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "train_sampling_strategy": "group_by_length",
         "logging_steps": 5,
     }
 
@@ -47,7 +49,8 @@ def trl_run(trainer: Any, name: str) -> None:
         for held in list(trainer.callback_handler.callbacks):
             if type(held).__name__ == callback:
                 trainer.remove_callback(held)
-    with progress(f"{name}: optimizer steps", 0) as report:
+    base = trainer.model.get_base_model()
+    with attention_for_gradients(base), progress(f"{name}: optimizer steps", 0) as report:
         trainer.add_callback(_Bar(report, name))
         trainer.train()
     trainer.model.eval()

@@ -15,6 +15,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
+from lora_rlhf.base.attention import attention_for_gradients
+from lora_rlhf.base.packing import batches_by_length, states_without_padding
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.errors import UserError
 
@@ -194,14 +196,15 @@ class SharedBase:
         """Train mode inside the block: transformers checkpoints in no other. There is no dropout to turn on."""
         self.model.train()
         try:
-            yield
+            with attention_for_gradients(self.causal_lm):
+                yield
         finally:
             self.model.eval()
 
     # -- forward passes -----------------------------------------------------------------------------------------------
 
     def hidden(self, role: str, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the states after the final norm [batch, length, d] in the compute dtype; padding may be anywhere."""
+        """Return the states after the final norm [batch, length, d] in the compute dtype, 0 where masked."""
         with self.role(role):
             return self._forward(ids, mask)
 
@@ -215,17 +218,8 @@ class SharedBase:
             return self._forward(ids, mask)
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        kept = torch.nonzero(mask.any(0))[:, 0]  # columns that are padding in every row are not computed
-        first, last = (int(kept[0]), int(kept[-1]) + 1) if len(kept) else (0, mask.shape[1])
-        inner = mask[:, first:last]
         with self.autocast():
-            states = self.trunk(
-                input_ids=ids[:, first:last],
-                attention_mask=inner,
-                position_ids=(inner.long().cumsum(1) - 1).clamp(min=0),
-                use_cache=False,
-            ).last_hidden_state
-        return nn.functional.pad(states, (0, 0, first, mask.shape[1] - last))
+            return states_without_padding(self.trunk, ids, mask)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which float32 adapters compute in bfloat16, where that is the compute dtype."""
@@ -272,12 +266,11 @@ class SharedBase:
     @torch.no_grad()
     def scores(self, role: str, ids: torch.Tensor, mask: torch.Tensor, batch: int) -> torch.Tensor:
         """Return the reward head's number [rows] at the last real token of each row, `batch` rows at a time."""
-        parts = []
-        for start in range(0, len(ids), batch):
-            part = slice(start, start + batch)
+        scores = torch.zeros(len(ids), device=ids.device)
+        for part in batches_by_length(mask, torch.arange(len(ids), device=ids.device), batch):
             states = self.hidden(role, ids[part], mask[part])
-            parts.append(self.head_outputs(role, last_real(states, mask[part])))
-        return torch.cat(parts)
+            scores[part] = self.head_outputs(role, last_real(states, mask[part]))
+        return scores
 
     # -- expanded weights ---------------------------------------------------------------------------------------------
 

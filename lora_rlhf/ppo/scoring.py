@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_rlhf.base.attention import attention_for_gradients
+from lora_rlhf.base.packing import batches_by_length
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase, last_real
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import Message
@@ -54,11 +56,23 @@ def scored_rollout(
     With `settings.mixed_adapter_scoring` the roles go through the base together, each row under its own adapter;
     otherwise one after the other. Both give the same numbers within rounding.
     """
+    with attention_for_gradients(base.causal_lm):  # as the update computes them: the ratio starts at 1
+        return _scored_rollout(base, rollout, reward, answers, settings, value_offset)
+
+
+def _scored_rollout(
+    base: SharedBase,
+    rollout: Rollout,
+    reward: CombinedReward,
+    answers: Answers,
+    settings: PpoSettings,
+    value_offset: float,
+) -> Scored:
     batch = settings.scoring_batch_size
     own = [s for s in reward.sources if isinstance(s, AdapterReward) and s.role == REWARD]
     parts: list[tuple[torch.Tensor, ...]] = []
-    for start in range(0, len(rollout.texts), batch):
-        rows = slice(start, start + batch)
+    order = list(batches_by_length(rollout.mask, torch.arange(len(rollout.texts), device=base.device), batch))
+    for rows in order:
         ids, mask, action = rollout.ids[rows], rollout.mask[rows], rollout.action_mask[rows]
         if settings.mixed_adapter_scoring and own:
             many = torch.cat([ids, ids, ids, rollout.text_ids[rows]])
@@ -76,7 +90,10 @@ def scored_rollout(
             reference, ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
         )
         parts.append((logprobs, ref, entropy, state_values(base, value, action, value_offset), raw))
-    logprobs, ref, entropy, values, raw = (torch.cat(column) for column in zip(*parts, strict=True))
+    back = torch.cat(order).argsort()
+    logprobs, ref, entropy, values, raw = (
+        torch.cat(column)[back] if len(column[0]) else column[0] for column in zip(*parts, strict=True)
+    )
     known = {own[0].name: raw} if own and len(raw) else {}
     score, raw_scores = reward.scores(answers, known)
     return Scored(logprobs, ref, entropy, values, score, raw_scores)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lora_rlhf.base.packing import batches_by_length
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
@@ -75,7 +76,7 @@ class PpoTrainer:
         )
         # 16. the learning rate is annealed to 0
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: max(0.0, 1 - step / settings.total_steps)
+            self.optimizer, lambda step: learning_rate_share(step, settings.total_steps, settings.warmup_ratio)
         )
 
     def _fit_reward_scales(self) -> None:
@@ -212,7 +213,7 @@ class PpoTrainer:
         tokens = rollout.action_mask[rows].sum()
         states = value_mask(rollout.action_mask[rows]).sum()
         sums: Metrics = {}
-        for micro in rows.split(s.micro_batch_size):
+        for micro in batches_by_length(rollout.mask, rows, s.micro_batch_size):
             ids, mask, action = rollout.ids[micro], rollout.mask[micro], rollout.action_mask[micro]
             state_mask, old = value_mask(action), scored.logprobs[micro]
             share, state_share = (action.sum() / tokens).item(), (state_mask.sum() / states).item()
@@ -257,3 +258,9 @@ class PpoTrainer:
     def normalization(self) -> dict[str, Any]:
         """Return what normalises scores and values, to be kept beside the adapters."""
         return {"scales": {n: asdict(s) for n, s in self.reward.scales.items()}, "value_offset": self.value_offset}
+
+
+def learning_rate_share(step: int, total: int, warmup_ratio: float) -> float:
+    """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, and down to 0 at `total`."""
+    warmup = round(warmup_ratio * total)
+    return min((step + 1) / (warmup + 1), max(0.0, 1 - step / total))

@@ -30,7 +30,10 @@ def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pref
     from trl import RewardConfig, RewardTrainer
 
     pairs = [*pairs, *contrast_pairs(pairs, config.reward.contrast_share, config.seed)]
-    rows = [{f"{side}_ids": ids for side, ids in sides.items()} for sides in map(_both_ids(tokenizer), pairs)]
+    rows = [
+        {"chosen_ids": sides["chosen"], "rejected_ids": sides["rejected"], "length": max(map(len, sides.values()))}
+        for sides in map(_both_ids(tokenizer), pairs)
+    ]
     torch.manual_seed(config.seed)
     model = load_reward_model(config, tokenizer.pad_token_id)
     identity = base_identity(model)
@@ -39,6 +42,7 @@ def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pref
             **trainer_arguments(config, config.reward, scratch),
             center_rewards_coefficient=config.reward.center_rewards_coefficient,
             max_length=None,
+            remove_unused_columns=False,  # the sampler needs `length`
         )
         trainer = RewardTrainer(
             model=model,

@@ -19,7 +19,7 @@ from lora_rlhf.ppo import trainer as trainer_module
 from lora_rlhf.ppo.losses import AdaptiveKl
 from lora_rlhf.ppo.rollout import Rollout
 from lora_rlhf.ppo.scoring import answers_of, scored_rollout
-from lora_rlhf.ppo.trainer import PpoTrainer
+from lora_rlhf.ppo.trainer import PpoTrainer, learning_rate_share
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward, FunctionReward, RewardSource, ScoreScale
 
 PROMPTS = ["hi", "tell me a joke", "why?", "what is the sea made of", "a b c d e f g"]
@@ -228,6 +228,15 @@ def test_the_learning_rate_is_annealed_to_0(make_trainer: MakeTrainer) -> None:
         seen.append(rate)
     assert seen == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("warmup_ratio", "shares"),
+    [(0.0, [1, 0.75, 0.5, 0.25]), (0.25, [1 / 2, 0.75, 0.5, 0.25]), (0.5, [1 / 3, 2 / 3, 0.5, 0.25])],
+)
+def test_the_learning_rate_rises_over_the_warm_up_first(warmup_ratio: float, shares: list[float]) -> None:
+    assert [learning_rate_share(step, 4, warmup_ratio) for step in range(4)] == pytest.approx(shares)
+    assert learning_rate_share(4, 4, warmup_ratio) == 0
 
 
 def test_the_optimizer_is_adam_with_epsilon_1e_5_over_policy_and_value_alone(make_trainer: MakeTrainer) -> None:

@@ -1,0 +1,42 @@
+"""Forward passes that do not compute padding: each row's real tokens are moved to its front before the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def states_without_padding(trunk: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the states after the final norm [batch, length, d], 0 where masked; padding may be anywhere.
+
+    The model sees rows as wide as the most real tokens of any of them, with padding only at their ends. Causal
+    attention never looks there, so it needs no mask, and positions (0, 1, 2, ... per row) are cumsum(mask) - 1.
+
+    Args:
+        trunk: a causal transformer without its LM head.
+        ids: [batch, length].
+        mask: [batch, length], true for real tokens.
+    """
+    counts = mask.sum(1)
+    width = max(int(counts.max()), 1)
+    front = torch.arange(width, device=ids.device) < counts[:, None]
+    packed = ids.new_zeros((len(ids), width))
+    packed[front] = ids[mask]
+    positions = torch.arange(width, device=ids.device)[None]
+    states = trunk(input_ids=packed, position_ids=positions, use_cache=False).last_hidden_state
+    out = states.new_zeros((*ids.shape, states.shape[-1]))
+    out[mask] = states[front]
+    return out
+
+
+def batches_by_length(mask: torch.Tensor, rows: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """Yield `rows` in batches of `size`, rows of like length together, the longest (most memory) first.
+
+    Args:
+        mask: [batch, length], true for real tokens.
+        rows: [n] indices into the batch.
+        size: rows per batch.
+    """
+    yield from rows[mask[rows].sum(1).argsort(descending=True, stable=True)].split(size)
