@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from lora_rlhf.base.loading import load_original_weights, quiet_transformers
+from lora_rlhf.base.packing import batches_by_length, states_without_padding
 from lora_rlhf.base.shared import POLICY, SharedBase, dequantized_weight
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.config import RunConfig
@@ -60,18 +61,19 @@ def merge_drift(base: SharedBase, model: Any, rollout: Rollout, temperature: flo
     return (trained.cpu() - merged.cpu())[rollout.action_mask.cpu()].abs().mean().item()
 
 
-def model_logprobs(model: Any, rollout: Rollout, temperature: float, chunk: int) -> torch.Tensor:
-    """Return the log-probs [batch, R] that any causal language model gives to the answers of `rollout`."""
+def model_logprobs(model: Any, rollout: Rollout, temperature: float, chunk: int, batch: int = 16) -> torch.Tensor:
+    """Return the log-probs [answers, R] that any causal language model gives to `rollout`, `batch` rows at a time."""
     trunk, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
     device = head.weight.device
     ids, mask, action = rollout.ids.to(device), rollout.mask.to(device), rollout.action_mask.to(device)
-    states = trunk(
-        input_ids=ids, attention_mask=mask, position_ids=(mask.long().cumsum(1) - 1).clamp(min=0), use_cache=False
-    ).last_hidden_state
     width = action.shape[1]
-    before = states[:, -width - 1 : -1][action].to(head.weight.dtype)
-    flat, _ = token_logprobs(before, head.weight, ids[:, -width:][action], temperature, chunk)
-    return torch.zeros(action.shape, device=device).masked_scatter(action, flat)
+    logprobs = torch.zeros(action.shape, device=device)
+    for rows in batches_by_length(mask, torch.arange(len(ids), device=device), batch):
+        real, answer = action[rows], ids[rows, -width:]
+        before = states_without_padding(trunk, ids[rows], mask[rows])[:, -width - 1 : -1][real]
+        flat, _ = token_logprobs(before.to(head.weight.dtype), head.weight, answer[real], temperature, chunk)
+        logprobs[rows] = torch.zeros(real.shape, device=device).masked_scatter(real, flat)
+    return logprobs
 
 
 def write_merged(model: Any, tokenizer: Any, sampling: Sampling, folder: Path) -> None:

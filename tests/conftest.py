@@ -23,8 +23,6 @@ from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
 from lora_rlhf.base.shared import REWARD, VALUE, SharedBase
 from lora_rlhf.config import LoraSettings, PpoSettings, RunConfig
 
-HH = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf"
-
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lora_rlhf.base.packing import batches_by_length
 from lora_rlhf.base.shared import REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
@@ -48,9 +49,9 @@ def role_answers(
     seed: int,
 ) -> ArmAnswers:
     """Return the answers of a role of the shared base."""
-    settings, parts = config.ppo, []
+    parts = []
     generator = torch.Generator().manual_seed(seed)
-    for chunk in _chunks(pairs, settings.scoring_batch_size):
+    for chunk in _chunks(pairs, config.ppo.batch_size):
         rollout = sampled_answers(base, role, _prompts(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator)
         own = _role_logprobs(base, role, rollout, config)
         ref = _role_logprobs(base, REFERENCE, rollout, config)
@@ -73,7 +74,7 @@ def model_arm_answers(
     generator = torch.Generator().manual_seed(seed)
     same_vocabulary = tokenizer.get_vocab() == base_tokenizer.get_vocab()
     trunk, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
-    for chunk in _chunks(pairs, config.ppo.scoring_batch_size):
+    for chunk in _chunks(pairs, config.ppo.batch_size):
         rollout = model_answers(trunk, head, _prompts(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator)
         # the reward model reads the dialogue in its own format, whatever template the arm answered in
         base_prompts = _prompts(base_tokenizer, chunk)
@@ -85,7 +86,9 @@ def model_arm_answers(
         kl = torch.full((len(chunk),), float("nan"))
         if same_vocabulary:
             with torch.no_grad():
-                own = model_logprobs(model, rollout, config.ppo.temperature, config.ppo.logits_chunk_size)
+                own = model_logprobs(
+                    model, rollout, config.ppo.temperature, config.ppo.logits_chunk_size, config.ppo.scoring_batch_size
+                )
             kl = (own.to(base.device) - _role_logprobs(base, REFERENCE, rollout, config)).sum(1)
         parts.append(_part(rollout, kl, reward, chunk, ids, mask))
     return _joined(parts)
@@ -148,11 +151,14 @@ def _joined(parts: list[ArmAnswers]) -> ArmAnswers:
 
 @torch.no_grad()
 def _role_logprobs(base: SharedBase, role: str, rollout: Rollout, config: RunConfig) -> torch.Tensor:
-    states = base.hidden(role, rollout.ids.to(base.device), rollout.mask.to(base.device))
-    logprobs, _ = base.response_logprobs(
-        states, rollout.ids.to(base.device), rollout.action_mask.to(base.device), config.ppo.temperature,
-        config.ppo.logits_chunk_size,
-    )  # fmt: skip
+    settings = config.ppo
+    ids, mask, action = (part.to(base.device) for part in (rollout.ids, rollout.mask, rollout.action_mask))
+    logprobs = torch.zeros(action.shape, device=base.device)
+    for rows in batches_by_length(mask, torch.arange(len(ids), device=base.device), settings.scoring_batch_size):
+        states = base.hidden(role, ids[rows], mask[rows])
+        logprobs[rows], _ = base.response_logprobs(
+            states, ids[rows], action[rows], settings.temperature, settings.logits_chunk_size, with_entropy=False
+        )
     return logprobs
 
 

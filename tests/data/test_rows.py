@@ -11,11 +11,12 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import HH
 
 from lora_rlhf.data.preferences import UnusableRow, pair_from_row
 from lora_rlhf.data.rows import dataset_rows
 from lora_rlhf.errors import UserError
+
+HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf"
 
 Row = dict[str, Any]
 

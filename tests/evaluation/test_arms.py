@@ -160,7 +160,7 @@ def test_answers_come_in_the_order_of_the_prompts_with_their_columns_and_scales(
     found = role_answers(base, POLICY, tokenizer, PAIRS, reward, config, seed=0)
     assert found.score.tolist() == [-0.5, 0.0, 0.5, 1.0, 1.5]  # (number − 1) / 2
     assert [p for a in recorded.shown for p in a.prompts] == [pair.messages for pair in PAIRS]
-    assert [len(a.completions) for a in recorded.shown] == [2, 2, 1]  # scoring_batch_size at a time
+    assert [len(a.completions) for a in recorded.shown] == [4, 1]  # batch_size at a time, as in PPO
     assert found.texts == [text for a in recorded.shown for text in a.completions]
     for pair, row, ended in zip(PAIRS, recorded.rows, found.ended.tolist(), strict=True):
         prompt = prompt_ids(tokenizer, pair.messages)
