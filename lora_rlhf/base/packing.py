@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 
-def states_without_padding(trunk: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def states_without_padding(
+    trunk: Any, ids: torch.Tensor, mask: torch.Tensor, embeds: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the states after the final norm [batch, length, d], 0 where masked; padding may be anywhere.
 
     The model sees rows as wide as the most real tokens of any of them, with padding only at their ends. Causal
@@ -18,14 +20,17 @@ def states_without_padding(trunk: Any, ids: torch.Tensor, mask: torch.Tensor) ->
         trunk: a causal transformer without its LM head.
         ids: [batch, length].
         mask: [batch, length], true for real tokens.
+        embeds: [batch, length, d] what enters the first layer in place of the embeddings of `ids`.
     """
     counts = mask.sum(1)
     width = max(int(counts.max()), 1)
     front = torch.arange(width, device=ids.device) < counts[:, None]
-    packed = ids.new_zeros((len(ids), width))
-    packed[front] = ids[mask]
+    given = ids if embeds is None else embeds
+    packed = given.new_zeros((len(ids), width, *given.shape[2:]))
+    packed[front] = given[mask]
+    inputs = {"input_ids" if embeds is None else "inputs_embeds": packed}
     positions = torch.arange(width, device=ids.device)[None]
-    states = trunk(input_ids=packed, position_ids=positions, use_cache=False).last_hidden_state
+    states = trunk(**inputs, position_ids=positions, use_cache=False).last_hidden_state
     out = states.new_zeros((*ids.shape, states.shape[-1]))
     out[mask] = states[front]
     return out

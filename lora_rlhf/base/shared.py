@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ class SharedBase:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(trainable)
         self._adapter_parameters = [p for n, p in self.model.named_parameters() if "lora_" in n]
+        self._first_adapted = self._lowest_adapted_layer()
         self.model.eval()
 
     def set_trainable(self, role: str, trainable: bool) -> None:
@@ -203,23 +205,65 @@ class SharedBase:
 
     # -- forward passes -----------------------------------------------------------------------------------------------
 
-    def hidden(self, role: str, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the states after the final norm [batch, length, d] in the compute dtype, 0 where masked."""
-        with self.role(role):
-            return self._forward(ids, mask)
+    @torch.no_grad()
+    def common_states(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        """Return the states [batch, length, d] that enter the first adapted layer: they are the same in every role.
 
-    def hidden_mixed(self, roles: Sequence[str], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        None where the first layer is adapted already, or where the model's layers cannot be run in two parts.
+        """
+        if self._first_adapted == 0:
+            return None
+        with self.autocast(), self._only_layers(slice(self._first_adapted), norm=False):
+            return states_without_padding(self.trunk, ids, mask)
+
+    def hidden(
+        self, role: str, ids: torch.Tensor, mask: torch.Tensor, common: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the states after the final norm [batch, length, d] in the compute dtype, 0 where masked.
+
+        Args:
+            role: who computes them.
+            ids: [batch, length].
+            mask: [batch, length], true for real tokens.
+            common: the rows' `common_states`, where they are known: the layers below are then not run again.
+        """
+        with self.role(role):
+            return self._forward(ids, mask, common)
+
+    def hidden_mixed(
+        self, roles: Sequence[str], ids: torch.Tensor, mask: torch.Tensor, common: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return what `hidden` does, row i under `roles[i]`: all roles in one pass over the 4-bit weights.
 
         Only without gradient, in eval mode.
         """
         names = [MIXED_BASE if role == REFERENCE else role for role in roles]
         with self.role(POLICY), self.model._enable_peft_forward_hooks(adapter_names=names):
-            return self._forward(ids, mask)
+            return self._forward(ids, mask, common)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        with self.autocast():
-            return states_without_padding(self.trunk, ids, mask)
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, common: torch.Tensor | None = None) -> torch.Tensor:
+        if common is None:
+            with self.autocast():
+                return states_without_padding(self.trunk, ids, mask)
+        with self.autocast(), self._only_layers(slice(self._first_adapted, None), norm=True):
+            return states_without_padding(self.trunk, ids, mask, common)
+
+    @contextlib.contextmanager
+    def _only_layers(self, part: slice, norm: bool) -> Iterator[None]:
+        """Let the trunk be some of its layers inside the block, with or without the final norm."""
+        layers, final = self.trunk.layers, self.trunk.norm
+        self.trunk.layers, self.trunk.norm = layers[part], final if norm else nn.Identity()
+        try:
+            yield
+        finally:
+            self.trunk.layers, self.trunk.norm = layers, final
+
+    def _lowest_adapted_layer(self) -> int:
+        kinds = set(getattr(self.trunk.config, "layer_types", None) or ["full_attention"])
+        if not hasattr(self.trunk, "norm") or not hasattr(self.trunk, "layers") or len(kinds) > 1:
+            return 0  # layers of several kinds are told apart by their number, which would change
+        found = [re.search(r"\.layers\.(\d+)\.", n) for n, _ in self.model.named_parameters() if "lora_" in n]
+        return min((int(match[1]) if match else 0) for match in found)
 
     def autocast(self) -> torch.autocast:
         """Return the context in which float32 adapters compute in bfloat16, where that is the compute dtype."""

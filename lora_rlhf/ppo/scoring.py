@@ -27,6 +27,7 @@ class Scored:
         values: [batch, R + 1] of states 0..L; 0 where masked.
         score: [batch] combined reward, in standard deviations of the reference.
         raw_scores: raw score of each source.
+        common: [batch, Q + R, d] `SharedBase.common_states`, so that the update need not run those layers again.
     """
 
     logprobs: torch.Tensor
@@ -35,6 +36,7 @@ class Scored:
     values: torch.Tensor
     score: torch.Tensor
     raw_scores: dict[str, torch.Tensor]
+    common: torch.Tensor | None = None
 
 
 def answers_of(rollout: Rollout, prompts: list[list[Message]], columns: dict[str, list[object]]) -> Answers:
@@ -68,35 +70,47 @@ def _scored_rollout(
     settings: PpoSettings,
     value_offset: float,
 ) -> Scored:
-    batch = settings.scoring_batch_size
     own = [s for s in reward.sources if isinstance(s, AdapterReward) and s.role == REWARD]
-    parts: list[tuple[torch.Tensor, ...]] = []
-    order = list(batches_by_length(rollout.mask, torch.arange(len(rollout.texts), device=base.device), batch))
-    for rows in order:
+    count, width = rollout.action_mask.shape
+    logprobs, reference, entropy = torch.zeros((3, count, width), device=base.device)
+    values, raw = torch.zeros((count, width + 1), device=base.device), torch.zeros(count, device=base.device)
+    kept: torch.Tensor | None = None
+    everyone = torch.arange(count, device=base.device)
+    for rows in batches_by_length(rollout.mask, everyone, settings.scoring_batch_size):
         ids, mask, action = rollout.ids[rows], rollout.mask[rows], rollout.action_mask[rows]
-        if settings.mixed_adapter_scoring and own:
-            many = torch.cat([ids, ids, ids, rollout.text_ids[rows]])
-            masks = torch.cat([mask, mask, mask, rollout.text_mask[rows]])
-            roles = [role for role in (POLICY, REFERENCE, VALUE, REWARD) for _ in range(len(ids))]
-            policy, reference, value, text = base.hidden_mixed(roles, many, masks).chunk(4)
-            raw = base.head_outputs(REWARD, last_real(text, rollout.text_mask[rows]))
-        else:
-            policy, reference, value = (base.hidden(role, ids, mask) for role in (POLICY, REFERENCE, VALUE))
-            raw = torch.empty(0)
-        logprobs, entropy = base.response_logprobs(
-            policy, ids, action, settings.temperature, settings.logits_chunk_size
+        common = base.common_states(ids, mask)
+        if common is not None:
+            kept = common.new_zeros((count, *common.shape[1:])) if kept is None else kept
+            kept[rows] = common
+        states = _states_of_roles(base, rollout, rows, common, bool(own), settings.mixed_adapter_scoring)
+        logprobs[rows], entropy[rows] = base.response_logprobs(
+            states[POLICY], ids, action, settings.temperature, settings.logits_chunk_size
         )
-        ref, _ = base.response_logprobs(
-            reference, ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
+        reference[rows], _ = base.response_logprobs(
+            states[REFERENCE], ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
         )
-        parts.append((logprobs, ref, entropy, state_values(base, value, action, value_offset), raw))
-    back = torch.cat(order).argsort()
-    logprobs, ref, entropy, values, raw = (
-        torch.cat(column)[back] if len(column[0]) else column[0] for column in zip(*parts, strict=True)
-    )
-    known = {own[0].name: raw} if own and len(raw) else {}
-    score, raw_scores = reward.scores(answers, known)
-    return Scored(logprobs, ref, entropy, values, score, raw_scores)
+        values[rows] = state_values(base, states[VALUE], action, value_offset)
+        if own:
+            raw[rows] = base.head_outputs(REWARD, last_real(states[REWARD], rollout.text_mask[rows]))
+    score, raw_scores = reward.scores(answers, {own[0].name: raw} if own else {})
+    return Scored(logprobs, reference, entropy, values, score, raw_scores, kept)
+
+
+def _states_of_roles(
+    base: SharedBase, rollout: Rollout, rows: torch.Tensor, common: torch.Tensor | None, with_reward: bool, mixed: bool
+) -> dict[str, torch.Tensor]:
+    """Return the states [rows, Q + R, d] of each role; the reward role, where it is asked for, reads the text."""
+    read = dict.fromkeys((POLICY, REFERENCE, VALUE), (rollout.ids[rows], rollout.mask[rows], common))
+    if with_reward:
+        ids, mask = rollout.text_ids[rows], rollout.text_mask[rows]
+        same = torch.equal(ids, rollout.ids[rows]) and torch.equal(mask, rollout.mask[rows])
+        read[REWARD] = (ids, mask, common if same else base.common_states(ids, mask))
+    if not mixed:
+        return {role: base.hidden(role, *inputs) for role, inputs in read.items()}
+    ids, mask = (torch.cat([inputs[i] for inputs in read.values()]) for i in (0, 1))  # type: ignore[misc]
+    entering = None if common is None else torch.cat([inputs[2] for inputs in read.values()])  # type: ignore[misc]
+    roles = [role for role in read for _ in rows]
+    return dict(zip(read, base.hidden_mixed(roles, ids, mask, entering).chunk(len(read)), strict=True))
 
 
 def state_values(base: SharedBase, states: torch.Tensor, action_mask: torch.Tensor, offset: float) -> torch.Tensor:

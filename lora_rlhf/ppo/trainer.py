@@ -216,10 +216,11 @@ class PpoTrainer:
         for micro in batches_by_length(rollout.mask, rows, s.micro_batch_size):
             ids, mask, action = rollout.ids[micro], rollout.mask[micro], rollout.action_mask[micro]
             state_mask, old = value_mask(action), scored.logprobs[micro]
+            common = None if scored.common is None else scored.common[micro]
             share, state_share = (action.sum() / tokens).item(), (state_mask.sum() / states).item()
 
             # Backward ends before another role is played; see SharedBase on checkpointing.
-            hidden = self.base.hidden(POLICY, ids, mask)
+            hidden = self.base.hidden(POLICY, ids, mask, common)
             logprobs, _ = self.base.response_logprobs(
                 hidden, ids, action, s.temperature, s.logits_chunk_size, with_entropy=False
             )
@@ -237,7 +238,7 @@ class PpoTrainer:
                 deviation = ((ratio - 1).abs() * action).max().item()
             del hidden, logprobs, loss
 
-            hidden = self.base.hidden(VALUE, ids, mask)
+            hidden = self.base.hidden(VALUE, ids, mask, common)
             values = state_values(self.base, hidden, action, self.value_offset)
             loss, clipped = value_loss(
                 values, scored.values[micro], returns[micro], state_mask, s.cliprange_value

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import REWARD
+from lora_rlhf.config import LoraSettings
 from lora_rlhf.data.preferences import preference_pairs
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward
@@ -117,18 +118,20 @@ class SlowPpo:
                 p.sub_(rate * m_hat / (v_hat.sqrt() + 1e-5))
 
 
-@pytest.mark.parametrize(
-    "fast_paths",
-    [{}, {"mixed_adapter_scoring": True, "expand_rollout_weights": False}, {"gradient_checkpointing": True}],
-    ids=["default", "mixed", "checkpointing"],
-)
-def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer, tmp_path, fast_paths):
+MIXED = {"mixed_adapter_scoring": True, "expand_rollout_weights": False}
+CHECKPOINTING = {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("fast_paths", [{}, MIXED, CHECKPOINTING], ids=["default", "mixed", "checkpointing"])
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "upper layer"])
+def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer, tmp_path, fast_paths, layers):
     settings = {
         "total_steps": 5, "batch_size": 6, "num_ppo_epochs": 2, "num_mini_batches": 2, "micro_batch_size": 2,
         "response_length": 6, "temperature": 0.7, "stop_strings": ["e"], "kl_coef": 0.1, "learning_rate": 1e-3,
         "normalization_samples": 6, "update_kl_limit": None, "max_kl": None, "logits_chunk_size": 5,
     }  # fmt: skip
-    config = make_config(ppo=settings | fast_paths, max_train_pairs=12)
+    lora = LoraSettings(r=4, lora_alpha=8, layers_to_transform=layers)
+    config = make_config(ppo=settings | fast_paths, max_train_pairs=12, lora=lora)
     base = make_base(config, roles=(REWARD,))
     pairs, _ = preference_pairs(config, tokenizer, "train")
     trainer = PpoTrainer(base, tokenizer, pairs, CombinedReward([AdapterReward(base)]), config.ppo, seed=3)
