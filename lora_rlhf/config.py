@@ -71,17 +71,19 @@ class SftSettings(TrainerSettings):
 
 @dataclass
 class PpoSettings:
-    """PPO stage; section numbers are those of Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"."""
+    """PPO stage, after Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"."""
 
     total_steps: int = setting(200, "PPO steps; each samples one batch of answers and learns from it.")
     batch_size: int = setting(64, "Answers sampled per PPO step.")
     num_ppo_epochs: int = setting(1, "Passes over each batch.")
     num_mini_batches: int = setting(1, "Optimizer steps per pass.")
     micro_batch_size: int = setting(8, "Answers in one forward-backward pass; changes memory, not the result.")
-    scoring_batch_size: int = setting(32, "Answers in one forward pass without gradient.")
+    scoring_batch_size: int = setting(
+        32, "Answers in one forward pass without gradient (all four roles of them, in a mixed pass)."
+    )
     learning_rate: float = setting(5e-5, "Adam's peak learning rate for the policy adapter, annealed linearly to 0.")
     value_learning_rate: float | None = setting(None, "The same for the value adapter; none: learning_rate.")
-    warmup_ratio: float = setting(0.0, "Share of the steps over which both learning rates rise from 0 first.")
+    warmup_ratio: float = setting(0.0, "Share of the steps over which both learning rates rise to their peak first.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm, over policy and value together.")
     response_length: int = setting(128, "Most tokens sampled per answer.")
     temperature: float = setting(1.0, "Divides the logits in sampling and in every log-probability alike.")

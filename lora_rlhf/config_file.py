@@ -197,13 +197,23 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
     for name in ("ppo.value_learning_rate", "max_train_pairs", "max_eval_pairs"):
         if flat[name] is not None and not 0 < flat[name] < float("inf"):
             raise UserError(f"{where}: {name} is above 0, or none; not {flat[name]}")
-    for stage in ("reward", "sft"):
-        if flat[f"{stage}.weight_decay"] < 0:
+    for stage in ("reward", "sft", "ppo"):
+        if flat.get(f"{stage}.weight_decay", 0) < 0:
             raise UserError(f"{where}: {stage}.weight_decay is not below 0; not {flat[f'{stage}.weight_decay']}")
         if not 0 <= flat[f"{stage}.warmup_ratio"] < 1:
             raise UserError(
                 f"{where}: {stage}.warmup_ratio is a share, from 0 to below 1; not {flat[f'{stage}.warmup_ratio']}"
             )
+    for name in ("ppo.gamma", "ppo.lam"):
+        if not 0 <= flat[name] <= 1:
+            raise UserError(f"{where}: {name} is from 0 to 1, not {flat[name]}")
+    for name in ("ppo.kl_coef", "ppo.vf_coef", "ppo.missing_eos_penalty", "ppo.value_warmup_steps"):
+        if not 0 <= flat[name] < float("inf"):
+            raise UserError(f"{where}: {name} is 0 or more, and finite, not {flat[name]}")
+    if config.ppo.value_warmup_steps >= config.ppo.total_steps:
+        raise UserError(f"{where}: ppo.value_warmup_steps is below ppo.total_steps: the policy would never learn")
+    if "" in config.ppo.stop_strings:
+        raise UserError(f"{where}: ppo.stop_strings holds an empty text, which would end every answer at once")
     if not 0 <= config.reward.contrast_share < float("inf"):
         raise UserError(f"{where}: reward.contrast_share is not below 0; not {config.reward.contrast_share}")
     if not 0 <= config.seed < 2**32:

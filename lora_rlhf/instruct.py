@@ -12,11 +12,11 @@ import torch
 from peft.utils import get_peft_model_state_dict
 
 from lora_rlhf.base.adapters import base_identity, lora_config, write_adapter
-from lora_rlhf.base.loading import load_causal_lm
+from lora_rlhf.base.loading import device, load_causal_lm
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
-from lora_rlhf.trl_trainer import trainer_arguments, trl_run
+from lora_rlhf.trl_trainer import on_one_device, trainer_arguments, trl_run
 
 
 def train_instruct_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[PreferencePair], folder: Path) -> None:
@@ -34,10 +34,7 @@ def train_instruct_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pr
     with tempfile.TemporaryDirectory() as scratch:
         trainer = _sft_trainer_class()(
             model=model,
-            args=SFTConfig(
-                **trainer_arguments(config, config.sft, scratch),
-                max_length=None,
-            ),
+            args=on_one_device(SFTConfig(**trainer_arguments(config, config.sft, scratch), max_length=None)),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=lora_config(config.lora),
@@ -48,11 +45,11 @@ def train_instruct_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pr
 
 
 def _sft_trainer_class() -> Any:
-    """Return TRL's SFTTrainer; where there is no Triton (on the CPU), with transformers' loss for its fused kernel."""
+    """Return TRL's SFTTrainer; off CUDA, or without Triton, with transformers' loss for its fused kernel."""
     from transformers import Trainer
     from trl import SFTTrainer
 
-    if importlib.util.find_spec("triton") is not None:
+    if device().type == "cuda" and importlib.util.find_spec("triton") is not None:
         return SFTTrainer
 
     class PlainLossTrainer(SFTTrainer):

@@ -88,8 +88,7 @@ def write_merged(model: Any, tokenizer: Any, sampling: Sampling, folder: Path) -
         1.0,
     )
     generation.max_new_tokens = sampling.response_length
-    if sampling.stop_strings:
-        generation.stop_strings = list(sampling.stop_strings)
+    # stop strings stay out: `generate` refuses them without a tokenizer, and pipelines pass it none
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     half = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(half, ignore_errors=True)

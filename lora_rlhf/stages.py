@@ -258,7 +258,7 @@ def _arms(session: Session, pairs: list[PreferencePair]) -> dict[str, ArmAnswers
 
 
 def _base_with_policy(session: Session) -> SharedBase:
-    """Return the base with the finished policy adapter: the one in memory after PPO, or loaded from the run."""
+    """Return a freshly loaded base with the finished policy adapter."""
     session.free_base()
     base = session.shared_base()
     base.replace_adapter(POLICY, session.run / "policy_adapter")

@@ -30,7 +30,10 @@ def run_recipe(main: Callable[[], None]) -> None:
         console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("\nstopped. The same command goes on with the first stage that is not finished.")
+        again = "The same command goes on with the first stage that is not finished."
+        if any(word.startswith("--overwrite_output_dir") for word in sys.argv):
+            again = "The same command without --overwrite_output_dir goes on with the first stage that is not finished."
+        console.print(f"\nstopped. {again}")
         sys.exit(130)
 
 

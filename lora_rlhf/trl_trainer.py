@@ -37,6 +37,13 @@ def trainer_arguments(config: RunConfig, settings: TrainerSettings, scratch: str
     }
 
 
+def on_one_device(arguments: Any) -> Any:
+    """Return TrainingArguments that use the device of the base alone, whatever other GPUs are visible."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
 def trl_run(trainer: Any, name: str) -> None:
     """Train with a progress bar, after undoing TRL's cast of QLoRA adapters to bfloat16.
 

@@ -122,7 +122,7 @@ def test_one_value_stands_for_a_list_of_one(file: Any) -> None:
 
 @given(st.integers(-(2**63), 2**63))
 def test_whole_numbers_are_kept_to_the_last_digit(number: int) -> None:
-    assert config_from_mapping({"ppo": {"value_warmup_steps": number}}, "here").ppo.value_warmup_steps == number
+    assert config_from_mapping({"reward": {"max_steps": number}}, "here").reward.max_steps == number
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -259,6 +259,16 @@ def test_a_wrong_type_names_the_field_and_what_it_takes(values: dict[str, Any], 
         ("ppo.temperature", float("inf")),
         ("ppo.learning_rate", -1e-4),
         ("ppo.kl_coef", float("nan")),
+        ("ppo.kl_coef", -0.1),
+        ("ppo.vf_coef", -0.1),
+        ("ppo.missing_eos_penalty", float("inf")),
+        ("ppo.gamma", 1.01),
+        ("ppo.lam", -0.1),
+        ("ppo.warmup_ratio", -0.5),
+        ("ppo.warmup_ratio", 1),
+        ("ppo.value_warmup_steps", -1),
+        ("ppo.value_warmup_steps", 200),
+        ("ppo.stop_strings", ["x", ""]),
         ("ppo.normalization_samples", 1),
         ("ppo.num_mini_batches", 3),
         ("compare.num_prompts", 0),

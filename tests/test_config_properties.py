@@ -93,9 +93,9 @@ def test_any_word_on_the_command_line_gives_a_config_or_a_user_error(dotted: str
             "ppo": st.fixed_dictionaries(
                 {},
                 optional={
-                    "kl_coef": st.floats(allow_nan=False),
+                    "kl_coef": st.floats(0, 1e9),
                     "max_kl": st.none() | st.floats(0, 1e9),
-                    "stop_strings": st.lists(st.text(max_size=8), max_size=3),
+                    "stop_strings": st.lists(st.text(min_size=1, max_size=8), max_size=3),
                 },
             ),
         },

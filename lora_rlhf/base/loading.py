@@ -56,8 +56,9 @@ def load_tokenizer(config: RunConfig, name: str | None = None) -> Any:
     set_chat_template(tokenizer, None if name else config.chat_template)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
-        free = [t for t in (*PAD_CANDIDATES, tokenizer.unk_token, tokenizer.bos_token) if t in vocabulary]
-        free = [t for t in free if t != tokenizer.eos_token]
+        spare = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        free = [t for t in (*PAD_CANDIDATES, tokenizer.unk_token, tokenizer.bos_token, *spare) if t in vocabulary]
+        free = [t for t in free if t != tokenizer.eos_token and t not in tokenizer.chat_template]
         if not free:
             raise UserError(f"{source}: its tokenizer has no token that could serve as pad and is not EOS")
         tokenizer.pad_token = free[0]

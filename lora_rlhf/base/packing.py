@@ -1,11 +1,28 @@
-"""Forward passes that do not compute padding: each row's real tokens are moved to its front before the model runs."""
+"""Rows of different lengths in one tensor, and forward passes that do not compute the padding between them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids, mask) [rows, longest], padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = True
+    return ids.to(device), mask.to(device)
+
+
+def right_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids, mask) [rows, longest], padded on the right."""
+    ids, mask = left_padded([row[::-1] for row in rows], pad, device)
+    return ids.flip(1), mask.flip(1)
 
 
 def states_without_padding(

@@ -22,6 +22,10 @@ from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.errors import UserError
 
 REFERENCE, POLICY, REWARD, VALUE, INSTRUCT = "reference", "policy", "reward", "value", "instruct"
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config fields of models whose logits are not just LM head times state."""
+TWO_PART_MODELS = ("llama", "mistral", "qwen2")
+"""Model types whose trunk is embeddings, layers and norm, with nothing in between."""
 MIXED_BASE = "__base__"
 """PEFT's name, in a mixed-adapter batch, for rows that use no adapter."""
 
@@ -39,6 +43,10 @@ class SharedBase:
     """
 
     def __init__(self, causal_lm: Any, policy: LoraConfig, compute_dtype: torch.dtype) -> None:
+        scaled = [name for name in SCALED_LOGITS if getattr(causal_lm.config, name, None) not in (None, 1, 1.0)]
+        if scaled or getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
+            what = f"scales its logits ({', '.join(scaled)})" if scaled else "has a bias in its LM head"
+            raise UserError(f"model_name_or_path: this model {what}, which lora_rlhf's log-probs do not know")
         self.identity = base_identity(causal_lm)
         self.causal_lm = causal_lm
         self.trunk = getattr(causal_lm, causal_lm.base_model_prefix)
@@ -238,8 +246,16 @@ class SharedBase:
         Only without gradient, in eval mode.
         """
         names = [MIXED_BASE if role == REFERENCE else role for role in roles]
-        with self.role(POLICY), self.model._enable_peft_forward_hooks(adapter_names=names):
-            return self._forward(ids, mask, common)
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        hooks = {layer: set(layer._forward_pre_hooks) for layer in layers}
+        try:
+            with self.role(POLICY), self.model._enable_peft_forward_hooks(adapter_names=names):
+                return self._forward(ids, mask, common)
+        except BaseException:  # PEFT leaves its hooks behind then
+            for layer, before in hooks.items():
+                for key in set(layer._forward_pre_hooks) - before:
+                    del layer._forward_pre_hooks[key]
+            raise
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, common: torch.Tensor | None = None) -> torch.Tensor:
         if common is None:
@@ -260,7 +276,7 @@ class SharedBase:
 
     def _lowest_adapted_layer(self) -> int:
         kinds = set(getattr(self.trunk.config, "layer_types", None) or ["full_attention"])
-        if not hasattr(self.trunk, "norm") or not hasattr(self.trunk, "layers") or len(kinds) > 1:
+        if self.trunk.config.model_type not in TWO_PART_MODELS or len(kinds) > 1:
             return 0  # layers of several kinds are told apart by their number, which would change
         found = [re.search(r"\.layers\.(\d+)\.", n) for n, _ in self.model.named_parameters() if "lora_" in n]
         return min((int(match[1]) if match else 0) for match in found)
@@ -331,7 +347,7 @@ class SharedBase:
             try:
                 for layer in layers:
                     weight = dequantized_weight(layer.get_base_layer())
-                    if role != REFERENCE:
+                    if role in layer.lora_A:  # adapters may sit on different layers
                         weight = weight.float() + layer.get_delta_weight(role)
                     layer.forward = _Plain(weight.to(self.compute_dtype), layer.get_base_layer().bias)
                 yield

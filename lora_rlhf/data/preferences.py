@@ -150,7 +150,10 @@ def _usable(
 
 
 def _check_lengths(pair: PreferencePair, config: RunConfig, tokenizer: Any) -> None:
-    prompt = len(prompt_ids(tokenizer, pair.messages))
+    try:
+        prompt = len(prompt_ids(tokenizer, pair.messages))
+    except Exception:  # whatever a template raises for turns it does not know
+        raise UnusableRow("the chat template refuses it") from None
     if prompt > config.max_prompt_length:
         raise UnusableRow(f"prompt over {config.max_prompt_length} tokens")
     if prompt + max(len(answer_ids(tokenizer, a)) for a in (pair.chosen, pair.rejected)) > config.max_length:

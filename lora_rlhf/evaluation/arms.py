@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.packing import batches_by_length
+from lora_rlhf.base.packing import batches_by_length, right_padded
 from lora_rlhf.base.shared import REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
-from lora_rlhf.data.chat import answer_ids, prompt_ids
+from lora_rlhf.data.chat import Message, answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.errors import UserError
 from lora_rlhf.merge import model_logprobs
-from lora_rlhf.ppo.rollout import Rollout, Sampling, model_answers, right_padded, sampled_answers
+from lora_rlhf.ppo.rollout import Rollout, Sampling, model_answers, sampled_answers
 from lora_rlhf.reward.sources import Answers, CombinedReward
 
 
@@ -75,7 +75,9 @@ def model_arm_answers(
     same_vocabulary = tokenizer.get_vocab() == base_tokenizer.get_vocab()
     trunk, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
     for chunk in _chunks(pairs, config.ppo.batch_size):
-        rollout = model_answers(trunk, head, _prompts(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator)
+        rollout = model_answers(
+            trunk, head, _prompts_of_any_template(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator
+        )
         # the reward model reads the dialogue in its own format, whatever template the arm answered in
         base_prompts = _prompts(base_tokenizer, chunk)
         read = [
@@ -164,6 +166,37 @@ def _role_logprobs(base: SharedBase, role: str, rollout: Rollout, config: RunCon
 
 def _prompts(tokenizer: Any, pairs: Sequence[PreferencePair]) -> list[list[int]]:
     return [prompt_ids(tokenizer, pair.messages) for pair in pairs]
+
+
+def _prompts_of_any_template(tokenizer: Any, pairs: Sequence[PreferencePair]) -> list[list[int]]:
+    """Return the prompts; where the template refuses one (many want user and assistant in turns), a plainer form of it.
+
+    Raises:
+        UserError: the template refuses a single question too.
+    """
+    prompts = []
+    for pair in pairs:
+        for messages in (pair.messages, in_turns(pair.messages), pair.messages[-1:]):
+            try:
+                prompts.append(prompt_ids(tokenizer, messages))
+                break
+            except Exception as error:  # whatever a template raises
+                reason = error
+        else:
+            raise UserError(f"instruct_model_name_or_path: its chat template refuses a single question: {reason}")
+    return prompts
+
+
+def in_turns(messages: Sequence[Message]) -> list[Message]:
+    """Return the dialogue with user and assistant taking turns: a system text and neighbours of one role are joined."""
+    turns: list[Message] = []
+    for message in messages:
+        role = "user" if message["role"] == "system" else message["role"]
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n\n" + message["content"]
+        else:
+            turns.append({"role": role, "content": message["content"]})
+    return turns[turns[0]["role"] == "assistant" :]
 
 
 def _chunks(pairs: Sequence[PreferencePair], size: int) -> list[Sequence[PreferencePair]]:

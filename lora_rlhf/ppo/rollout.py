@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from lora_rlhf.base.packing import left_padded
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.config import PpoSettings
 
@@ -76,23 +77,6 @@ class Sampling:
         """Return the sampling that the PPO settings describe."""
         stops = tuple(settings.stop_strings)
         return cls(settings.response_length, settings.temperature, stops, settings.expand_rollout_weights)
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids, mask) [rows, longest], padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = True
-    return ids.to(device), mask.to(device)
-
-
-def right_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids, mask) [rows, longest], padded on the right."""
-    ids, mask = left_padded([row[::-1] for row in rows], pad, device)
-    return ids.flip(1), mask.flip(1)
 
 
 def sampled_answers(
@@ -199,8 +183,9 @@ def _cut_rollout(
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     lengths, ended = torch.full((rows,), length), torch.zeros(rows, dtype=torch.bool)
     score_lengths, texts, score_ids = lengths.clone(), [], torch.full_like(response, pad)
+    endings = set(ends.tolist())
     for i, row in enumerate(response.tolist()):
-        end = next((t for t, token in enumerate(row) if token in ends.tolist()), None)
+        end = next((t for t, token in enumerate(row) if token in endings), None)
         body = row if end is None else row[:end]
         stop = _stop_position(tokenizer, body, stop_strings) if stop_strings else None
         if stop is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
+from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import peak_memory_gib
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, kl_estimate, policy_loss, value_loss
@@ -53,6 +55,9 @@ class PpoTrainer:
         self.prompt_ids = [prompt_ids(tokenizer, pair.messages) for pair in pairs]
         self.generator = torch.Generator().manual_seed(seed)
         self._order: list[int] = []
+        self.sampling = Sampling.of(settings)  # 4. the full distribution
+        if self.sampling.expand_weights is None:  # decided once: the same seed then samples the same answers
+            self.sampling = replace(self.sampling, expand_weights=base.has_room_to_expand())
         self.step_count, self.episodes = 0, 0
         self.stopped_early: str | None = None
         self.value_offset = 0.0
@@ -81,9 +86,12 @@ class PpoTrainer:
 
     def _fit_reward_scales(self) -> None:
         """14. Normalise each source on the reference's own samples, before PPO starts."""
+        batches = []
         chosen = self._next_prompts(self.settings.normalization_samples)
-        rollout = self._rollout(REFERENCE, chosen)
-        self.reward.fit(answers_of(rollout, *self._prompts_and_columns(chosen)))
+        for start in range(0, len(chosen), self.settings.batch_size):
+            part = chosen[start : start + self.settings.batch_size]
+            batches.append(answers_of(self._rollout(REFERENCE, part), *self._prompts_and_columns(part)))
+        self.reward.fit(*batches)
 
     def _start_value_role(self) -> None:
         adapters = [s for s in self.reward.sources if isinstance(s, AdapterReward)]
@@ -110,8 +118,7 @@ class PpoTrainer:
 
     def _rollout(self, role: str, chosen: list[int]) -> Rollout:
         prompts = [self.prompt_ids[i] for i in chosen]
-        sampling = Sampling.of(self.settings)  # 4. the full distribution
-        return sampled_answers(self.base, role, prompts, sampling, self.tokenizer, self.generator)
+        return sampled_answers(self.base, role, prompts, self.sampling, self.tokenizer, self.generator)
 
     def step(self) -> Metrics:
         """Sample one batch of answers, learn from it, and return the metrics of the step."""
@@ -196,6 +203,11 @@ class PpoTrainer:
                         [p for own in self.parameters.values() for p in own], s.max_grad_norm
                     )
                     now["grad_norm"] = norm.item()
+                    if not isfinite(now["grad_norm"]):
+                        raise UserError(
+                            f"PPO step {self.step_count + 1}: the gradient is not finite. A smaller ppo.learning_rate, "
+                            "or dtype: float32, may help; metrics.jsonl shows how it came about"
+                        )
                     self.optimizer.step()
         return self._summary(history, first_ratio, stopped=0.0)
 
@@ -262,6 +274,6 @@ class PpoTrainer:
 
 
 def learning_rate_share(step: int, total: int, warmup_ratio: float) -> float:
-    """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, and down to 0 at `total`."""
+    """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, then down to 0 at `total`."""
     warmup = round(warmup_ratio * total)
-    return min((step + 1) / (warmup + 1), max(0.0, 1 - step / total))
+    return (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))

@@ -14,7 +14,7 @@ from lora_rlhf.data.preferences import PreferencePair
 
 
 def contrast_pairs(pairs: Sequence[PreferencePair], share: float, seed: int) -> list[PreferencePair]:
-    """Return `share` · len(pairs) pairs: chosen answers of random pairs against a spoilt answer each.
+    """Return up to `share` · len(pairs) pairs: chosen answers of random pairs against a spoilt answer each.
 
     The kinds of spoilt answers take turns: a stub (one to three words), word salad, a phrase over and over, and the
     chosen answer to another prompt.

@@ -136,13 +136,12 @@ class CombinedReward:
     sources: list[RewardSource]
     scales: dict[str, ScoreScale] = field(default_factory=dict)
 
-    def fit(self, answers: Answers) -> None:
-        """Measure each source's mean and deviation on `answers`, which the reference gave."""
-        for source in self.sources:
-            scores = source.scores(answers)
-            if not torch.isfinite(scores).all():
-                raise UserError(f"reward source {source.name} gave NaN or infinity for the reference's answers")
-            self.scales[source.name] = ScoreScale(scores.mean().item(), max(scores.std().item(), 1e-6))
+    def fit(self, *batches: Answers) -> None:
+        """Measure each source's mean and deviation on answers that the reference gave."""
+        raw = [CombinedReward(self.sources).scores(batch)[1] for batch in batches]
+        for name in raw[0]:
+            scores = torch.cat([batch[name] for batch in raw])
+            self.scales[name] = ScoreScale(scores.mean().item(), max(scores.std().item(), 1e-6))
 
     def scores(
         self, answers: Answers, known: dict[str, torch.Tensor] | None = None
@@ -150,6 +149,9 @@ class CombinedReward:
         """Return (sum [answers], raw scores by source name); `known` holds raw scores that are there already."""
         known = known or {}
         raw = {s.name: known[s.name] if s.name in known else s.scores(answers) for s in self.sources}
+        for name, scores in raw.items():
+            if not torch.isfinite(scores).all():
+                raise UserError(f"reward source {name} gave NaN or infinity for an answer")
         total = torch.zeros(len(answers.completions), device=answers.ids.device)
         for source in self.sources:
             scale = self.scales.get(source.name, ScoreScale())

@@ -12,13 +12,13 @@ from peft.utils import get_peft_model_state_dict
 
 from lora_rlhf.base.adapters import HEAD_KEY, base_identity, lora_config, write_adapter
 from lora_rlhf.base.loading import load_reward_model
+from lora_rlhf.base.packing import right_padded
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
-from lora_rlhf.ppo.rollout import right_padded
 from lora_rlhf.reward.contrast import contrast_pairs
-from lora_rlhf.trl_trainer import trainer_arguments, trl_run
+from lora_rlhf.trl_trainer import on_one_device, trainer_arguments, trl_run
 
 
 def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[PreferencePair], folder: Path) -> None:
@@ -34,6 +34,7 @@ def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pref
         {"chosen_ids": sides["chosen"], "rejected_ids": sides["rejected"], "length": max(map(len, sides.values()))}
         for sides in map(_both_ids(tokenizer), pairs)
     ]
+    rows = [row for row in rows if row["length"] <= config.max_length]  # contrast pairs may be longer than given ones
     torch.manual_seed(config.seed)
     model = load_reward_model(config, tokenizer.pad_token_id)
     identity = base_identity(model)
@@ -46,7 +47,7 @@ def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pref
         )
         trainer = RewardTrainer(
             model=model,
-            args=arguments,
+            args=on_one_device(arguments),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             peft_config=lora_config(config.lora, "SEQ_CLS"),

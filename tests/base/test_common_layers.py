@@ -94,3 +94,23 @@ def test_nothing_is_shared_where_every_layer_is_adapted_or_layers_differ_in_kind
     base.trunk.config.layer_types = ["sliding_attention", "full_attention"]
     base.new_adapter("other", lora_config(UPPER), trainable=False)
     assert base.common_states(*rows) is None
+
+
+def test_expanded_weights_hold_the_roles_adapter_where_it_sits_and_the_base_elsewhere(
+    make_base: MakeBase, make_config: Callable[..., RunConfig], rows: tuple[torch.Tensor, ...]
+) -> None:
+    base = make_base(make_config(lora=UPPER), roles=())
+    base.new_adapter(REWARD, lora_config(LoraSettings(r=4, lora_alpha=8)), trainable=False)  # on every layer
+    with torch.no_grad():
+        for role in (POLICY, REFERENCE, REWARD):
+            plain = base.hidden(role, *rows)
+            with base.expanded(role):
+                torch.testing.assert_close(base.hidden(role, *rows), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_failed_mixed_pass_leaves_no_hooks(upper: SharedBase, rows: tuple[torch.Tensor, ...]) -> None:
+    before = upper.hidden(POLICY, *rows).detach()
+    with pytest.raises(IndexError):
+        upper.hidden_mixed(ROLES[:3], rows[0] + 10**6, rows[1])
+    assert torch.equal(upper.hidden(POLICY, *rows), before)
+    assert not any(module._forward_pre_hooks for module in upper.model.modules())

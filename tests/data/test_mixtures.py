@@ -56,6 +56,19 @@ def test_what_a_weight_leaves_out_is_not_always_the_end_of_the_file(
     assert sorted(q for q in questions(pairs) if q.startswith("0")) != [f"0 {n:02}" for n in range(10)]
 
 
+def test_a_dialogue_that_the_template_refuses_is_left_out_and_counted(
+    make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str]
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if 'bad' in m['content'] %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    name = dataset([row("fine"), row("bad"), row("fine too")])
+    pairs, report = preference_pairs(make_config(dataset_name=[name]), tokenizer, "train")
+    assert sorted(questions(pairs)) == ["fine", "fine too"]
+    assert report.left_out == {"the chat template refuses it": 1}
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_max_pairs_limit_their_own_split_only(
     make_config: Callable[..., RunConfig], tokenizer: Any, dataset: Callable[..., str], split: Any

@@ -19,7 +19,14 @@ from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
 from lora_rlhf.errors import UserError
-from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
+from lora_rlhf.evaluation.arms import (
+    ArmAnswers,
+    arm_summary,
+    bad_word_pattern,
+    in_turns,
+    model_arm_answers,
+    role_answers,
+)
 from lora_rlhf.evaluation.curves import write_curves
 from lora_rlhf.reward.sources import Answers, CombinedReward, FunctionReward, ScoreScale
 from lora_rlhf.terminal import arms_table, samples_table
@@ -209,6 +216,23 @@ def test_another_model_answers_in_its_own_template_and_is_read_in_the_bases(
     for pair, text, ended, row in zip(PAIRS, found.texts, found.ended.tolist(), recorded.rows, strict=True):
         read = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] * ended
         assert row == prompt_ids(tokenizer, pair.messages) + read
+
+
+@pytest.mark.parametrize(
+    ("roles", "joined"),
+    [
+        ("ua u", "ua u"),
+        ("s u", "U"),
+        ("uu u", "U"),
+        ("u aa u", "uAu"),
+        ("a u", "u"),
+    ],
+)
+def test_dialogues_are_brought_into_turns(roles: str, joined: str) -> None:
+    names = {"u": "user", "a": "assistant", "s": "system"}
+    found = in_turns([{"role": names[r], "content": "x"} for r in roles.replace(" ", "")])
+    assert [turn["role"][0] for turn in found] == list(joined.replace(" ", "").lower())
+    assert ["\n\n" in turn["content"] for turn in found] == [r.isupper() for r in joined.replace(" ", "")]
 
 
 def test_a_function_reward_judges_arms_too(base: SharedBase, config: RunConfig, tokenizer: Any) -> None:

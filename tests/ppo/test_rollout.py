@@ -12,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig
 
+from lora_rlhf.base.packing import left_padded, right_padded
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
-from lora_rlhf.ppo.rollout import (
-    Rollout,
-    Sampling,
-    inverse_cdf,
-    left_padded,
-    model_answers,
-    right_padded,
-    sampled_answers,
-)
+from lora_rlhf.ppo.rollout import Rollout, Sampling, inverse_cdf, model_answers, sampled_answers
 
 CPU = torch.device("cpu")
 

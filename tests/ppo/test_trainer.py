@@ -11,6 +11,7 @@ from trainer_cases import MakeTrainer, same, text_length, watch, weights
 
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE
 from lora_rlhf.config import PpoSettings
+from lora_rlhf.errors import UserError
 from lora_rlhf.ppo import trainer as trainer_module
 from lora_rlhf.ppo.losses import AdaptiveKl
 from lora_rlhf.ppo.rollout import Rollout
@@ -48,15 +49,16 @@ def test_scores_are_normalised_on_samples_of_the_reference_before_ppo(
         return seen[-1]
 
     trainer = make_trainer(recorded)
-    raw = torch.tensor(seen[0], dtype=torch.float32)
-    assert roles == [REFERENCE] * 8 and len(raw) == 8
+    assert [len(batch) for batch in seen] == [4, 4]  # never more at a time than a PPO step samples
+    raw = torch.tensor(seen[0] + seen[1], dtype=torch.float32)
+    assert roles == [REFERENCE] * 8
     scale = trainer.reward.scales["function"]
     normalised = (raw - scale.mean) / scale.std
     assert normalised.mean().item() == pytest.approx(0.0, abs=1e-5)
     assert normalised.std().item() == pytest.approx(1.0, abs=1e-5)
 
     metrics = trainer.step()
-    assert metrics["score/function"] == pytest.approx(sum(seen[1]) / 4)
+    assert metrics["score/function"] == pytest.approx(sum(seen[2]) / 4)
     assert metrics["score"] == pytest.approx((metrics["score/function"] - scale.mean) / scale.std, abs=1e-5)
     assert trainer.normalization()["scales"] == {"function": {"mean": scale.mean, "std": scale.std}}
 
@@ -160,7 +162,7 @@ def test_the_learning_rate_is_annealed_to_0(make_trainer: MakeTrainer) -> None:
 
 @pytest.mark.parametrize(
     ("warmup_ratio", "shares"),
-    [(0.0, [1, 0.75, 0.5, 0.25]), (0.25, [1 / 2, 0.75, 0.5, 0.25]), (0.5, [1 / 3, 2 / 3, 0.5, 0.25])],
+    [(0.0, [1, 0.75, 0.5, 0.25]), (0.25, [1, 1, 2 / 3, 1 / 3]), (0.5, [0.5, 1, 1, 0.5])],
 )
 def test_the_learning_rate_rises_over_the_warm_up_first(warmup_ratio: float, shares: list[float]) -> None:
     assert [learning_rate_share(step, 4, warmup_ratio) for step in range(4)] == pytest.approx(shares)
@@ -184,6 +186,28 @@ def test_gradients_are_clipped_to_one_norm_over_policy_and_value(make_trainer: M
     assert trainer.step()["grad_norm"] > 1e-3
     both = [p.grad for role in (POLICY, VALUE) for p in trainer.base.parameters(role)]
     assert torch.nn.utils.get_total_norm(both).item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_learned_from(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(text_length)
+    before = weights(trainer)
+    plain = trainer.targets
+
+    def broken(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        advantages, returns = plain(*args)
+        return advantages * float("nan"), returns
+
+    trainer.targets = broken  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="step 1: the gradient is not finite"):
+        trainer.step()
+    assert same(before, weights(trainer))
+
+
+def test_the_sampler_decides_once_whether_to_expand(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(text_length)
+    assert trainer.sampling.expand_weights is True
+    monkeypatch.setattr(trainer.base, "has_room_to_expand", lambda: pytest.fail("asked again"))
+    trainer.step()
 
 
 def test_value_warm_up_moves_the_value_alone_and_then_ends(make_trainer: MakeTrainer) -> None:

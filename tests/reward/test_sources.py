@@ -75,6 +75,21 @@ def test_nan_on_the_references_answers_stops_the_run_and_names_the_source(bad: f
         CombinedReward([numbers("fine", [1, 2]), numbers("sometimes_nan", [1.0, bad])]).fit(answers("x", "y"))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_nan_in_a_later_step_stops_the_run_too(bad: float) -> None:
+    reward = CombinedReward([numbers("late", [1.0, bad])], {"late": ScoreScale(0.0, 1.0)})
+    with pytest.raises(UserError, match="late"):
+        reward.scores(answers("x", "y"))
+
+
+def test_scales_over_several_batches_are_those_of_all_answers_together() -> None:
+    given = iter([[1.0, 2.0], [3.0, 6.0]])
+    reward = CombinedReward([FunctionReward(lambda **_: next(given), "f")])
+    reward.fit(answers("x", "y"), answers("x", "y"))
+    assert reward.scales["f"].mean == 3.0
+    assert reward.scales["f"].std == pytest.approx((14 / 3) ** 0.5)  # squares of -2, -1, 0, 3 over n - 1
+
+
 # -- functions --------------------------------------------------------------------------------------------------------
 
 
