@@ -27,5 +27,6 @@ def write_curves(metrics: Sequence[dict[str, float]], file: Path) -> None:
             axis.legend(frameon=False)
         axis.set_title(title)
         axis.set_xlabel("PPO step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
