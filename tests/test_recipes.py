@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lora_rlhf.base.loading import resolved_model
 from lora_rlhf.config_file import config_from_file
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +117,26 @@ def test_each_adapter_stands_alone_in_pefts_own_form(run_folder: Path, name: str
     assert len([key for key in keys if "lora_" in key]) == 2 * len(lora.target_modules) * 2
     heads = [key for key in keys if "lora_" not in key]
     assert heads == (["base_model.model.score.weight"] if name in ("reward_adapter", "value_adapter") else [])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_stock_transformers_and_peft_load_each_adapter_whole(run_folder: Path, name: str) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    task = json.loads((run_folder / name / "adapter_config.json").read_text())["task_type"]
+    base = resolved_model(config_from_file(run_folder / "config.yaml").model_name_or_path)
+    stock: Any
+    if task == "SEQ_CLS":
+        stock = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    else:
+        stock = AutoModelForCausalLM.from_pretrained(base)
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(stock, str(run_folder / name)))
+    saved = load_file(run_folder / name / "adapter_model.safetensors")
+    assert task == ("SEQ_CLS" if name in ("reward_adapter", "value_adapter") else "CAUSAL_LM")
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[key].float(), saved[key].float()) for key in saved)
 
 
 def test_metrics_have_one_line_per_ppo_step(run_folder: Path, summary: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def dataset_rows(name: str, split: Split) -> list[dict[str, Any]]:
         whole, part = name, ""
     path = Path(whole)
     if path.is_file():
-        return _tenth(_file_rows([path], name), split)
+        return _tenth(_file_rows([path], name), split, name)
     if path.is_dir():
         return _folder_rows(path, part, split)
     if whole.startswith((".", "/", "~")) or _suffix(path) or whole.count("/") > 1:
@@ -52,7 +52,7 @@ def _folder_rows(folder: Path, part: str, split: Split) -> list[dict[str, Any]]:
     training = [p for p in files if p.name.lower().startswith("train")] or [p for p in files if p not in held_out]
     if held_out and training:
         return _file_rows(training if split == "train" else held_out, str(root))
-    return _tenth(_file_rows(files, str(root)), split)
+    return _tenth(_file_rows(files, str(root)), split, str(root))
 
 
 def _file_rows(files: list[Path], name: str) -> list[dict[str, Any]]:
@@ -89,11 +89,16 @@ def _hub_rows(name: str, part: str, split: Split) -> list[dict[str, Any]]:
     held_out = next((n for n in splits if n.lower().startswith(HELD_OUT_NAMES)), None)
     training = next((n for n in splits if n.lower().startswith("train")), next(iter(splits)))
     if held_out is None or held_out == training:
-        return _tenth(splits[training].to_list(), split)
+        return _tenth(splits[training].to_list(), split, name)
     return splits[training if split == "train" else held_out].to_list()
 
 
-def _tenth(rows: list[dict[str, Any]], split: Split) -> list[dict[str, Any]]:
+def _tenth(rows: list[dict[str, Any]], split: Split, name: str) -> list[dict[str, Any]]:
+    if split == "test" and len(rows) < 10:
+        raise UserError(
+            f"dataset_name: {name} has {len(rows)} rows and no held-out ones, too few to set every tenth aside; "
+            "give a folder with a train and a test file"
+        )
     return [row for i, row in enumerate(rows) if (i % 10 == 9) == (split == "test")]
 
 

@@ -264,3 +264,10 @@ def test_hh_rlhf_is_read_and_nearly_every_row_is_a_pair(part: str, train: int, t
     assert counts.keys() - {"pair"} <= REASONS
     assert counts["pair"] > 0.98 * train
     assert several_turns > 0.3 * train
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_a_file_too_small_to_set_rows_aside_says_so(tmp_path: Path, count: int) -> None:
+    path = write(tmp_path / "few.jsonl", rows_of("q", count))
+    with pytest.raises(UserError, match=f"{count} rows and no held-out ones.*a train and a test file"):
+        dataset_rows(str(path), "test")
