@@ -25,7 +25,7 @@ from lora_rlhf.memory_peak import reset_peak_memory
 from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
 from lora_rlhf.ppo.rollout import Sampling, sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
-from lora_rlhf.reward.sources import CombinedReward, ScoreScale, reward_sources
+from lora_rlhf.reward.sources import CombinedReward, ScoreScale, reward_sources, source_entries
 from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.terminal import arms_table, console, heading, note, progress, samples_table, step_heading, step_line
@@ -50,6 +50,7 @@ class Session:
         """
         chosen_backend(config)
         bad_word_pattern(config.compare.bad_words_file)
+        source_entries(config)
         if config.model_name_or_path == EMBEDDED and not embedded_model_is_cached():
             note("the embedded model (SmolLM2-135M, 93 MB) is downloaded and converted, once; a minute or so")
         tokenizer = load_tokenizer(config)
@@ -97,7 +98,7 @@ def reward_stage(session: Session) -> None:
     """Train the LoRA reward adapter and measure its accuracy on held-out pairs."""
     heading("reward", "a LoRA reward adapter on preference pairs")
     config, run = session.config, session.run
-    if config.ppo.reward_sources and not any("path" not in s for s in config.ppo.reward_sources):
+    if not _uses_own_reward(config):
         note("  ppo.reward_sources names other rewards: no adapter is trained")
         return
     if run.finished("reward"):
@@ -112,6 +113,10 @@ def reward_stage(session: Session) -> None:
         results["reward_model"] = reward_accuracy(base, session.tokenizer, test, config.ppo.scoring_batch_size)
         session.free_base()
     note(f"  accuracy on {results['reward_model']['n']} held-out pairs: {results['reward_model']['accuracy']:.3f}")
+
+
+def _uses_own_reward(config: RunConfig) -> bool:
+    return not config.ppo.reward_sources or any(entry.path is None for entry in source_entries(config))
 
 
 def instruct_stage(session: Session) -> None:
@@ -137,7 +142,7 @@ def ppo_stage(session: Session) -> None:
     if run.finished("ppo"):
         note(f"  done before: {run.summary['ppo']['steps']} steps")
         return
-    if not config.ppo.reward_sources:
+    if _uses_own_reward(config):
         run.needed("reward_adapter/adapter_model.safetensors", "reward")
     with run.stage("ppo") as results:
         train = session.pairs("train")

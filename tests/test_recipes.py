@@ -139,6 +139,23 @@ def test_stock_transformers_and_peft_load_each_adapter_whole(run_folder: Path, n
     assert all(torch.equal(loaded[key].float(), saved[key].float()) for key in saved)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{kind: functoin, path: a.py:f}", "kind is adapter, model or function"),
+        ("{kind: function}", "path is missing"),
+        ("{kind: function, path: away.py:f}", "no file away.py"),
+    ],
+)
+def test_a_wrong_reward_source_stops_the_run_before_any_work(
+    recipe: Callable[..., Any], tmp_path: Path, source: str, words: str
+) -> None:
+    folder = tmp_path / "run"
+    status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(folder), "--ppo.reward_sources", source)
+    assert_one_line_of_error(status, printed, "ppo.reward_sources[0]", words)
+    assert not folder.exists()
+
+
 def test_metrics_have_one_line_per_ppo_step(run_folder: Path, summary: dict[str, Any]) -> None:
     config = config_from_file(run_folder / "config.yaml").ppo
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]

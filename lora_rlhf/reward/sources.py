@@ -17,6 +17,9 @@ from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import Message
 from lora_rlhf.errors import UserError
 
+OWN_ADAPTER = "reward_adapter"
+"""Folder of the run's own reward adapter, and the name of that source."""
+
 
 @dataclass
 class Answers:
@@ -159,44 +162,69 @@ class CombinedReward:
         return total, raw
 
 
+@dataclass(frozen=True)
+class SourceEntry:
+    """One entry of `ppo.reward_sources`, checked; `path` is none for the run's own reward adapter."""
+
+    kind: str
+    path: str | None
+    name: str
+    weight: float
+    where: str
+
+
+def source_entries(config: RunConfig) -> list[SourceEntry]:
+    """Return the checked entries of `ppo.reward_sources`; loads nothing but functions.
+
+    Raises:
+        UserError: a source of unknown kind or without path, a function that cannot be imported, two of one name.
+    """
+    entries: list[SourceEntry] = []
+    for i, given in enumerate(config.ppo.reward_sources):
+        where = f"ppo.reward_sources[{i}]"
+        if given.keys() - {"kind", "path", "weight", "name"} or "kind" not in given:
+            raise UserError(f"{where}: fields are kind, path, weight and name, not {', '.join(sorted(given))}")
+        kind, path = given["kind"], given.get("path")
+        if kind not in ("adapter", "model", "function"):
+            raise UserError(f"{where}: kind is adapter, model or function, not {kind!r}")
+        if path is None and kind != "adapter":
+            raise UserError(f"{where}: path is missing")
+        name = str(given.get("name") or (Path(str(path).partition(":")[0]).stem if path else OWN_ADAPTER))
+        try:
+            weight = float(given.get("weight", 1.0))
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: weight is a number, not {given['weight']!r}") from None
+        if name in (entry.name for entry in entries):
+            raise UserError(f"{where}: a source named {name} is there already; give it another name")
+        if kind == "function":
+            _function(str(path), where)
+        entries.append(SourceEntry(kind, None if path is None else str(path), name, weight, where))
+    return entries
+
+
 def reward_sources(config: RunConfig, base: SharedBase, own_adapter: Path) -> list[RewardSource]:
     """Return the sources that `ppo.reward_sources` names; the run's own reward adapter where it names none.
 
     Raises:
-        UserError: a source of unknown kind, without path, or that cannot be loaded; two sources of one name.
+        UserError: what `source_entries` raises, or a source that cannot be loaded.
     """
     batch = config.ppo.scoring_batch_size
     if not config.ppo.reward_sources:
         base.load_adapter(REWARD, own_adapter)
         return [AdapterReward(base, batch=batch)]
     sources: list[RewardSource] = []
-    for i, entry in enumerate(config.ppo.reward_sources):
-        where = f"ppo.reward_sources[{i}]"
-        unknown = entry.keys() - {"kind", "path", "weight", "name"}
-        if unknown or "kind" not in entry:
-            raise UserError(f"{where}: fields are kind, path, weight and name, not {', '.join(sorted(entry))}")
-        if "path" not in entry and entry["kind"] != "adapter":
-            raise UserError(f"{where}: path is missing")
-        path = str(entry.get("path") or own_adapter)
-        name = str(entry.get("name") or Path(path.partition(":")[0]).stem)
-        try:
-            weight = float(entry.get("weight", 1.0))
-        except (TypeError, ValueError):
-            raise UserError(f"{where}: weight is a number, not {entry['weight']!r}") from None
-        if name in (s.name for s in sources):
-            raise UserError(f"{where}: a source named {name} is there already; give it another name")
-        if entry["kind"] == "adapter":
+    for i, entry in enumerate(source_entries(config)):
+        if entry.kind == "adapter":
             role = REWARD if not any(isinstance(s, AdapterReward) for s in sources) else f"{REWARD}_{i}"
-            base.load_adapter(role, Path(path))
+            path = Path(entry.path) if entry.path else own_adapter
+            base.load_adapter(role, path)
             if role not in base.heads:
-                raise UserError(f"{where}: {path} has no reward head; a SEQ_CLS adapter is wanted")
-            sources.append(AdapterReward(base, role, name, weight, batch))
-        elif entry["kind"] == "model":
-            sources.append(_classifier(config, path, name, weight, where))
-        elif entry["kind"] == "function":
-            sources.append(FunctionReward(_function(path, where), name, weight))
+                raise UserError(f"{entry.where}: {path} has no reward head; a SEQ_CLS adapter is wanted")
+            sources.append(AdapterReward(base, role, entry.name, entry.weight, batch))
+        elif entry.kind == "model":
+            sources.append(_classifier(config, str(entry.path), entry.name, entry.weight, entry.where))
         else:
-            raise UserError(f"{where}: kind is adapter, model or function, not {entry['kind']!r}")
+            sources.append(FunctionReward(_function(str(entry.path), entry.where), entry.name, entry.weight))
     return sources
 
 

@@ -190,7 +190,7 @@ def test_two_adapters_keep_their_own_weights_and_the_first_is_the_one_that_ppo_k
     other = make_base(seed=6, roles=(REWARD,))
     other.save_adapter(REWARD, tmp_path / "harmless")
     first, second = sources({"kind": "adapter"}, {"kind": "adapter", "path": str(tmp_path / "harmless")})
-    assert (first.name, second.name) == ("own_reward", "harmless")
+    assert (first.name, second.name) == ("reward_adapter", "harmless")
     assert isinstance(first, AdapterReward) and isinstance(second, AdapterReward)
     assert first.role == REWARD != second.role
     batch = answers("x", "y")
@@ -341,7 +341,7 @@ def test_the_three_kinds_add_up(
     reward, batch = CombinedReward(found), answers("Yes.", "Perhaps.", "It depends on the day.")
     reward.fit(batch)
     total, raw = reward.scores(batch)
-    assert list(raw) == ["own_reward", "judge", "my_rewards"]
+    assert list(raw) == ["reward_adapter", "judge", "my_rewards"]
     standard = {name: (scores - scores.mean()) / scores.std() for name, scores in raw.items()}
-    expected = standard["own_reward"] + 2 * standard["judge"] - 3 * standard["my_rewards"]
+    expected = standard["reward_adapter"] + 2 * standard["judge"] - 3 * standard["my_rewards"]
     torch.testing.assert_close(total, expected, atol=1e-4, rtol=0)
