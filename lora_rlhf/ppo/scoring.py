@@ -58,40 +58,29 @@ def scored_rollout(
     With `settings.mixed_adapter_scoring` the roles go through the base together, each row under its own adapter;
     otherwise one after the other. Both give the same numbers within rounding.
     """
-    with attention_for_gradients(base.causal_lm):  # as the update computes them: the ratio starts at 1
-        return _scored_rollout(base, rollout, reward, answers, settings, value_offset)
-
-
-def _scored_rollout(
-    base: SharedBase,
-    rollout: Rollout,
-    reward: CombinedReward,
-    answers: Answers,
-    settings: PpoSettings,
-    value_offset: float,
-) -> Scored:
     own = [s for s in reward.sources if isinstance(s, AdapterReward) and s.role == REWARD]
     count, width = rollout.action_mask.shape
     logprobs, reference, entropy = torch.zeros((3, count, width), device=base.device)
     values, raw = torch.zeros((count, width + 1), device=base.device), torch.zeros(count, device=base.device)
     kept: torch.Tensor | None = None
     everyone = torch.arange(count, device=base.device)
-    for rows in batches_by_length(rollout.mask, everyone, settings.scoring_batch_size):
-        ids, mask, action = rollout.ids[rows], rollout.mask[rows], rollout.action_mask[rows]
-        common = base.common_states(ids, mask)
-        if common is not None:
-            kept = common.new_zeros((count, *common.shape[1:])) if kept is None else kept
-            kept[rows] = common
-        states = _states_of_roles(base, rollout, rows, common, bool(own), settings.mixed_adapter_scoring)
-        logprobs[rows], entropy[rows] = base.response_logprobs(
-            states[POLICY], ids, action, settings.temperature, settings.logits_chunk_size
-        )
-        reference[rows], _ = base.response_logprobs(
-            states[REFERENCE], ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
-        )
-        values[rows] = state_values(base, states[VALUE], action, value_offset)
-        if own:
-            raw[rows] = base.head_outputs(REWARD, last_real(states[REWARD], rollout.text_mask[rows]))
+    with attention_for_gradients(base.causal_lm):  # as the update computes them: the ratio starts at 1
+        for rows in batches_by_length(rollout.mask, everyone, settings.scoring_batch_size):
+            ids, mask, action = rollout.ids[rows], rollout.mask[rows], rollout.action_mask[rows]
+            common = base.common_states(ids, mask)
+            if common is not None:
+                kept = common.new_zeros((count, *common.shape[1:])) if kept is None else kept
+                kept[rows] = common
+            states = _states_of_roles(base, rollout, rows, common, bool(own), settings.mixed_adapter_scoring)
+            logprobs[rows], entropy[rows] = base.response_logprobs(
+                states[POLICY], ids, action, settings.temperature, settings.logits_chunk_size
+            )
+            reference[rows], _ = base.response_logprobs(
+                states[REFERENCE], ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
+            )
+            values[rows] = state_values(base, states[VALUE], action, value_offset)
+            if own:
+                raw[rows] = base.head_outputs(REWARD, last_real(states[REWARD], rollout.text_mask[rows]))
     score, raw_scores = reward.scores(answers, {own[0].name: raw} if own else {})
     return Scored(logprobs, reference, entropy, values, score, raw_scores, kept)
 
