@@ -81,6 +81,9 @@ class PpoSettings:
     scoring_batch_size: int = setting(
         32, "Answers in one forward pass without gradient (all four roles of them, in a mixed pass)."
     )
+    rollout_batch_size: int | None = setting(
+        None, "Answers decoded together, prompts of like length first; changes memory, not the result. None: all."
+    )
     learning_rate: float = setting(5e-5, "Adam's peak learning rate for the policy adapter, annealed linearly to 0.")
     value_learning_rate: float | None = setting(None, "The same for the value adapter; none: learning_rate.")
     warmup_ratio: float = setting(0.0, "Share of the steps over which both learning rates rise to their peak first.")
@@ -107,9 +110,21 @@ class PpoSettings:
     normalization_samples: int = setting(64, "Reference answers that define mean and deviation of the score.")
     value_warmup_steps: int = setting(0, "First steps in which only the value adapter learns.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
-    logits_chunk_size: int = setting(512, "Response tokens whose logits exist at one time.")
-    expand_rollout_weights: bool | None = setting(
-        None, "Sample from a temporary 16-bit copy with the adapter folded in; none: yes where memory has room."
+    logits_chunk_size: int | None = setting(
+        None, "Response tokens whose logits exist at one time; none: as many as take 16 MiB in float32."
+    )
+    expand_weights: bool | None = setting(
+        None,
+        "Dequantise the base once per step instead of in every product: rollouts sample from a 16-bit copy with the "
+        "adapter folded in, scoring and update compute from one without; none: yes where memory has room.",
+    )
+    sampler_correction: float | None = setting(
+        2.0,
+        "Truncated importance sampling: a token's policy loss is weighed by how much likelier the trainer finds it "
+        "than the sampler did, at most by this much; none: not weighed.",
+    )
+    value_model: Literal["adapter", "head"] = setting(
+        "adapter", "Values come from an adapter of their own, or from a head on the policy's states: faster, smaller."
     )
     mixed_adapter_scoring: bool = setting(
         False, "Score policy, reference, reward and value in one mixed-adapter pass instead of one pass each."

@@ -174,7 +174,7 @@ def _coerced(value: Any, annotation: Any, where: str) -> Any:
 
 _AT_LEAST_ONE = (
     "lora.r", "ppo.total_steps", "ppo.batch_size", "ppo.num_ppo_epochs", "ppo.num_mini_batches", "ppo.micro_batch_size",
-    "ppo.scoring_batch_size", "ppo.response_length", "ppo.logits_chunk_size", "max_prompt_length", "max_length",
+    "ppo.scoring_batch_size", "ppo.response_length", "max_prompt_length", "max_length",
     "reward.per_device_train_batch_size", "sft.per_device_train_batch_size", "reward.gradient_accumulation_steps",
     "sft.gradient_accumulation_steps", "compare.num_prompts", "merge.drift_prompts", "ppo.kl_horizon",
 )  # fmt: skip
@@ -194,7 +194,14 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
     for name in _ABOVE_ZERO:
         if not 0 < flat[name] < float("inf"):
             raise UserError(f"{where}: {name} is above 0, not {flat[name]}")
-    for name in ("ppo.value_learning_rate", "max_train_pairs", "max_eval_pairs"):
+    for name in (
+        "ppo.value_learning_rate",
+        "ppo.sampler_correction",
+        "ppo.rollout_batch_size",
+        "ppo.logits_chunk_size",
+        "max_train_pairs",
+        "max_eval_pairs",
+    ):
         if flat[name] is not None and not 0 < flat[name] < float("inf"):
             raise UserError(f"{where}: {name} is above 0, or none; not {flat[name]}")
     for stage in ("reward", "sft", "ppo"):

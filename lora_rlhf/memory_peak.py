@@ -1,8 +1,11 @@
-"""Peak memory of the work in hand: allocated CUDA memory, or resident memory of this process."""
+"""Peak memory of the work in hand: allocated CUDA memory, or resident memory of this process; and giving it back."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
+import sys
 from pathlib import Path
 
 import psutil
@@ -28,3 +31,16 @@ def peak_memory_gib(device: torch.device) -> float:
     except (OSError, StopIteration):  # not Linux
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss) / 2**30
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the device or the system, which then counts it as free.
+
+    glibc keeps freed blocks: after loading a model in 4 bits, several times what the model takes.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -17,7 +17,8 @@ from peft.tuners.lora import LoraLayer
 
 from lora_rlhf.base.loading import load_original_weights, quiet_transformers
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
-from lora_rlhf.base.shared import POLICY, SharedBase, dequantized_weight
+from lora_rlhf.base.role_layers import dequantized_weight
+from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.config import RunConfig
 from lora_rlhf.ppo.rollout import Rollout, Sampling
@@ -52,7 +53,7 @@ def merged_model(config: RunConfig, adapter: Path, dequantized: dict[str, torch.
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
 
 
-def merge_drift(base: SharedBase, model: Any, rollout: Rollout, temperature: float, chunk: int) -> float:
+def merge_drift(base: SharedBase, model: Any, rollout: Rollout, temperature: float, chunk: int | None) -> float:
     """Return mean |log p_merged − log p_base+adapter| in nats over the answer tokens of `rollout`."""
     with torch.no_grad():
         states = base.hidden(POLICY, rollout.ids, rollout.mask)
@@ -61,7 +62,9 @@ def merge_drift(base: SharedBase, model: Any, rollout: Rollout, temperature: flo
     return (trained.cpu() - merged.cpu())[rollout.action_mask.cpu()].abs().mean().item()
 
 
-def model_logprobs(model: Any, rollout: Rollout, temperature: float, chunk: int, batch: int = 16) -> torch.Tensor:
+def model_logprobs(
+    model: Any, rollout: Rollout, temperature: float, chunk: int | None, batch: int = 16
+) -> torch.Tensor:
     """Return the log-probs [answers, R] that any causal language model gives to `rollout`, `batch` rows at a time."""
     trunk, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
     device = head.weight.device

@@ -21,7 +21,7 @@ from lora_rlhf.data.rows import Split
 from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
 from lora_rlhf.evaluation.curves import write_curves
 from lora_rlhf.instruct import train_instruct_adapter
-from lora_rlhf.memory_peak import reset_peak_memory
+from lora_rlhf.memory_peak import reset_peak_memory, return_freed_memory
 from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
 from lora_rlhf.ppo.rollout import Sampling, sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
@@ -74,9 +74,7 @@ class Session:
     def free_base(self) -> None:
         """Let the base go, for a stage that loads its own."""
         self.base = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return_freed_memory()
 
 
 def base_stage(session: Session) -> None:

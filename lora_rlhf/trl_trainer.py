@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from lora_rlhf.base.attention import attention_for_gradients
+from lora_rlhf.base.attention import use_grouped_attention
 from lora_rlhf.base.loading import device
+from lora_rlhf.base.role_layers import RoleLayers
 from lora_rlhf.config import RunConfig, TrainerSettings
 from lora_rlhf.terminal import note, progress
 
@@ -44,8 +46,8 @@ def on_one_device(arguments: Any) -> Any:
     return arguments
 
 
-def trl_run(trainer: Any, name: str) -> None:
-    """Train with a progress bar, after undoing TRL's cast of QLoRA adapters to bfloat16.
+def trl_run(trainer: Any, name: str, dtype: torch.dtype) -> None:
+    """Train with a progress bar, in lean layers, after undoing TRL's cast of QLoRA adapters to bfloat16.
 
     At the learning rates of LoRA, Adam's updates are lost in bfloat16's 8 bits of mantissa.
     """
@@ -53,11 +55,13 @@ def trl_run(trainer: Any, name: str) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     for callback in ("PrinterCallback", "ProgressCallback"):
-        for held in list(trainer.callback_handler.callbacks):
-            if type(held).__name__ == callback:
-                trainer.remove_callback(held)
-    base = trainer.model.get_base_model()
-    with attention_for_gradients(base), progress(f"{name}: optimizer steps", 0) as report:
+        for listed in list(trainer.callback_handler.callbacks):
+            if type(listed).__name__ == callback:
+                trainer.remove_callback(listed)
+    use_grouped_attention(trainer.model.get_base_model())
+    layers = RoleLayers(trainer.model, lambda: "default", dtype)
+    held = layers.working_copy() if layers.has_room_for_copy() else contextlib.nullcontext()
+    with held, progress(f"{name}: optimizer steps", 0) as report:
         trainer.add_callback(_Bar(report, name))
         trainer.train()
     trainer.model.eval()

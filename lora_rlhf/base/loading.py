@@ -17,6 +17,7 @@ from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
 from lora_rlhf.data.chat import set_chat_template
 from lora_rlhf.errors import UserError
+from lora_rlhf.memory_peak import return_freed_memory
 
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
@@ -79,7 +80,7 @@ def load_causal_lm(config: RunConfig, name: str | None = None) -> Any:
         return _load_with_unsloth(source, revision, config)
     with explained(source, config), quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **quantized_arguments(config))
-    return _checked(model, config, source).eval()
+    return _without_mapped_file(_checked(model, config, source)).eval()
 
 
 def load_reward_model(config: RunConfig, pad_token_id: int) -> Any:
@@ -187,6 +188,16 @@ def _checked(model: Any, config: RunConfig, source: str) -> Any:
         # On the CPU, bitsandbytes repacks a weight at its first forward without gradient, for a kernel that has no
         # backward: gradients after the first rollout would be silently wrong.
         layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _without_mapped_file(model: Any) -> Any:
+    """Return `model` with its own copy of what was not quantised: a view into the file would keep all of it mapped."""
+    if model.device.type == "cpu":
+        for parameter in model.parameters():
+            if parameter.dtype.is_floating_point:
+                parameter.data = parameter.data.clone()
+    return_freed_memory()
     return model
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -16,8 +15,9 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
-from lora_rlhf.base.attention import attention_for_gradients
+from lora_rlhf.base.attention import use_grouped_attention
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
+from lora_rlhf.base.role_layers import RoleLayers
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.errors import UserError
 
@@ -39,6 +39,7 @@ class SharedBase:
     Attributes:
         model: the PEFT model; its adapters are named after the roles.
         trunk: the transformer without LM head.
+        layers: its linear layers, which know the role that is played.
         heads: role -> linear head, where the role has one.
     """
 
@@ -62,6 +63,7 @@ class SharedBase:
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
         causal_lm.config.use_cache = True
+        use_grouped_attention(causal_lm)
         try:
             self.model: PeftModel = get_peft_model(causal_lm, policy, adapter_name=POLICY)
         except ValueError as error:
@@ -70,6 +72,7 @@ class SharedBase:
         self.configs: dict[str, LoraConfig] = {POLICY: policy}
         self._active = POLICY
         self._expanded: str | None = None
+        self.layers = RoleLayers(self.model, lambda: self._active, compute_dtype)
         self._after_new_adapter(POLICY, trainable=False)
         self.model.eval()
 
@@ -85,7 +88,7 @@ class SharedBase:
         self._add(role, config)
         self._fill(role, folder, weights)
         if head is not None:
-            self._add_head(role, head)
+            self.add_head(role, head)
         self._after_new_adapter(role, trainable)
 
     def replace_adapter(self, role: str, folder: Path) -> None:
@@ -93,7 +96,7 @@ class SharedBase:
         _, weights, head = read_adapter(folder, self.identity)
         self._fill(role, folder, weights)
         if head is not None:
-            self._add_head(role, head)
+            self.add_head(role, head)
 
     def copy_adapter(self, source: str, role: str, trainable: bool) -> None:
         """Start `role` as a copy of the adapter and head of `source`: the value role starts from the reward role."""
@@ -102,20 +105,24 @@ class SharedBase:
             self.model, get_peft_model_state_dict(self.model, adapter_name=source), adapter_name=role
         )
         if source in self.heads:
-            self._add_head(role, self.heads[source].weight)  # type: ignore[arg-type]
+            self.add_head(role, self.heads[source].weight)  # type: ignore[arg-type]
         self._after_new_adapter(role, trainable)
 
     def new_adapter(self, role: str, config: LoraConfig, trainable: bool) -> None:
         """Start `role` with a fresh adapter, whose update is zero, and a zero head."""
         self._add(role, config)
-        self._add_head(role, torch.zeros(1, self.hidden_size))
+        self.add_head(role, torch.zeros(1, self.hidden_size))
         self._after_new_adapter(role, trainable)
 
     def save_adapter(self, role: str, folder: Path) -> None:
-        """Write the adapter of `role`, and its head, alone to `folder`, as stock PEFT loads it."""
-        weights = get_peft_model_state_dict(self.model, adapter_name=role)
+        """Write the adapter of `role`, and its head, alone to `folder`, as stock PEFT loads it.
+
+        A head that reads the policy's states is written with a copy of the policy's adapter.
+        """
+        adapter = role if role in self.configs else POLICY
+        weights = get_peft_model_state_dict(self.model, adapter_name=adapter)
         head = self.heads[role].weight if role in self.heads else None
-        write_adapter(folder, self.configs[role], weights, head, self.identity)  # type: ignore[arg-type]
+        write_adapter(folder, self.configs[adapter], weights, head, self.identity)  # type: ignore[arg-type]
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """Return the adapter's float32 parameters, in a fixed order, then the head's."""
@@ -134,7 +141,8 @@ class SharedBase:
             self.model.add_adapter(role, config)
         self.configs[role] = config
 
-    def _add_head(self, role: str, weight: torch.Tensor) -> None:
+    def add_head(self, role: str, weight: torch.Tensor) -> None:
+        """Give `role` a float32 head with the weight [1, d]; without an adapter, it reads another role's states."""
         head = nn.Linear(self.hidden_size, 1, bias=False, device=self.device, dtype=torch.float32)
         with torch.no_grad():
             head.weight.copy_(weight)
@@ -146,6 +154,7 @@ class SharedBase:
             parameter.requires_grad_(trainable)
         self._adapter_parameters = [p for n, p in self.model.named_parameters() if "lora_" in n]
         self._first_adapted = self._lowest_adapted_layer()
+        self.layers.refresh()
         self.model.eval()
 
     def set_trainable(self, role: str, trainable: bool) -> None:
@@ -206,8 +215,7 @@ class SharedBase:
         """Train mode inside the block: transformers checkpoints in no other. There is no dropout to turn on."""
         self.model.train()
         try:
-            with attention_for_gradients(self.causal_lm):
-                yield
+            yield
         finally:
             self.model.eval()
 
@@ -292,7 +300,7 @@ class SharedBase:
         ids: torch.Tensor,
         response_mask: torch.Tensor,
         temperature: float,
-        chunk: int,
+        chunk: int | None,
         with_entropy: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (log-probs, entropies) [batch, response] of the last `response` ids; 0 where `response_mask` is.
@@ -302,7 +310,7 @@ class SharedBase:
             ids: [batch, length].
             response_mask: [batch, response], true for real tokens of the response.
             temperature: divides the logits.
-            chunk: tokens whose logits exist at one time.
+            chunk: tokens whose logits exist at one time; none: as many as take 16 MiB in float32.
             with_entropy: off, the entropies are zeros.
         """
         width = response_mask.shape[1]
@@ -332,58 +340,22 @@ class SharedBase:
             scores[part] = self.head_outputs(role, last_real(states, mask[part]))
         return scores
 
-    # -- expanded weights ---------------------------------------------------------------------------------------------
+    # -- working copy -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def expanded(self, role: str) -> Iterator[None]:
-        """Play `role` from a temporary 16-bit copy of the adapted layers with its adapter folded in.
+        """Play `role` from a temporary 16-bit copy of all layers with its adapter folded in.
 
         Decoding then neither dequantises nor runs the adapter at each token. No gradients. The copy is rounded to the
         compute dtype, so its log-probs differ slightly from the trainer's; see `sampler_kl` in the metrics.
         """
-        layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         with self.role(role):
             self._expanded = role
             try:
-                for layer in layers:
-                    weight = dequantized_weight(layer.get_base_layer())
-                    if role in layer.lora_A:  # adapters may sit on different layers
-                        weight = weight.float() + layer.get_delta_weight(role)
-                    layer.forward = _Plain(weight.to(self.compute_dtype), layer.get_base_layer().bias)
-                yield
+                with torch.no_grad(), self.layers.working_copy(folded_role=role):
+                    yield
             finally:
-                for layer in layers:
-                    layer.__dict__.pop("forward", None)
                 self._expanded = None
-
-    def has_room_to_expand(self) -> bool:
-        """Return whether free memory is at least twice what `expanded` takes."""
-        layers = (m.get_base_layer() for m in self.model.modules() if isinstance(m, LoraLayer))
-        needed = sum(m.in_features * m.out_features for m in layers) * self.compute_dtype.itemsize
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0] > 2 * needed
-        return psutil.virtual_memory().available > 2 * needed
-
-
-class _Plain:
-    """The forward of a linear layer with a given weight."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-
-    def __call__(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
-
-
-def dequantized_weight(layer: nn.Module) -> torch.Tensor:
-    """Return the weight [out, in] that a linear layer computes with: a 4-bit one dequantised, else its own."""
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight.data
-    import bitsandbytes.functional
-
-    return bitsandbytes.functional.dequantize_4bit(weight.data, state)
 
 
 def last_real(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+CHUNK_BYTES = 2**24
+"""Float32 logits that exist at one time; larger blocks are no faster, and malloc gives them back after each use."""
+
 
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(h Wᵀ / T)[token] per row, chunk by chunk.
@@ -33,15 +36,14 @@ class _TokenLogProbs(torch.autograd.Function):
             scaled = (hidden[part] @ weight.T).float()
             if temperature != 1:
                 scaled /= temperature
-            total = torch.logsumexp(scaled, -1)
-            logprobs[part] = scaled.gather(1, tokens[part, None])[:, 0] - total
-            if with_entropy or slope is not None:
-                probs = (scaled - total[:, None]).exp_()
-                if with_entropy:
-                    entropy[part] = total - torch.linalg.vecdot(probs, scaled)
-                if slope is not None:
-                    expected = probs.to(weight.dtype) @ weight
-                    slope[part] = (weight[tokens[part]] - expected).div_(temperature)
+            scaled = torch.log_softmax(scaled, -1)
+            logprobs[part] = scaled.gather(1, tokens[part, None])[:, 0]
+            if with_entropy:
+                entropy[part] = -torch.linalg.vecdot(scaled.exp(), scaled)
+            if slope is not None:
+                probs = scaled.exp_()
+                expected = probs.to(weight.dtype) @ weight
+                slope[part] = (weight[tokens[part]] - expected).div_(temperature)
         ctx.mark_non_differentiable(entropy)
         ctx.save_for_backward(*([slope] if slope is not None else []))
         return logprobs, entropy
@@ -57,7 +59,7 @@ def token_logprobs(
     weight: torch.Tensor,
     tokens: torch.Tensor,
     temperature: float,
-    chunk: int,
+    chunk: int | None,
     with_entropy: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (log-probs, entropies) in nats, float32 [n]; gradients flow to `hidden` from the log-probs only.
@@ -67,7 +69,8 @@ def token_logprobs(
         weight: [vocabulary, d] of the (frozen) LM head.
         tokens: [n] ids, int64.
         temperature: divides the logits.
-        chunk: rows whose logits exist at one time.
+        chunk: rows whose logits exist at one time; none: as many as take 16 MiB in float32.
         with_entropy: off, the entropies are zeros.
     """
+    chunk = chunk or max(1, CHUNK_BYTES // (4 * len(weight)))
     return _TokenLogProbs.apply(hidden, weight, tokens, temperature, chunk, with_entropy)

@@ -37,6 +37,15 @@ def policy_loss(
     return masked_mean(torch.maximum(plain, clipped), mask), share
 
 
+def importance_weights(trainer: torch.Tensor, sampler: torch.Tensor, cap: float) -> torch.Tensor:
+    """Return min(exp(logp_trainer − logp_sampler), cap) per token: truncated importance sampling (Yao et al. 2025).
+
+    Advantages times these weights make up for tokens that were sampled from slightly other probabilities than the
+    trainer's, in expectation, and exactly so where the cap is not reached.
+    """
+    return torch.exp(trainer - sampler).clamp(max=cap)
+
+
 def value_loss(
     values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, cliprange: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

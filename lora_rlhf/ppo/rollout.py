@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
-from lora_rlhf.base.packing import left_padded
+from lora_rlhf.base.packing import batches_by_length, left_padded
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.config import PpoSettings
+from lora_rlhf.ppo.rollout_cache import rollout_cache
 
 
 @dataclass
@@ -71,12 +71,15 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()
     expand_weights: bool | None = None
     """Decode from a temporary 16-bit copy; none: where memory has room."""
+    batch_size: int | None = None
+    """Answers decoded together; none: all."""
 
     @classmethod
     def of(cls, settings: PpoSettings) -> Sampling:
         """Return the sampling that the PPO settings describe."""
         stops = tuple(settings.stop_strings)
-        return cls(settings.response_length, settings.temperature, stops, settings.expand_rollout_weights)
+        batch = settings.rollout_batch_size
+        return cls(settings.response_length, settings.temperature, stops, settings.expand_weights, batch)
 
 
 def sampled_answers(
@@ -91,7 +94,7 @@ def sampled_answers(
 
     Each prompt draws its own random numbers up front, so that its answer does not depend on when others end.
     """
-    expand = base.has_room_to_expand() if sampling.expand_weights is None else sampling.expand_weights
+    expand = base.layers.has_room_for_copy() if sampling.expand_weights is None else sampling.expand_weights
     with base.expanded(role) if expand else base.role(role):
         return model_answers(
             base.trunk,
@@ -121,40 +124,56 @@ def model_answers(
     uniform = torch.rand((length, rows), generator=generator, device=generator.device).to(device)
     response = torch.full((rows, length), tokenizer.pad_token_id, dtype=torch.long, device=device)
     logprobs = torch.zeros((rows, length), dtype=torch.float32, device=device)
-    ends = ending_ids(tokenizer).to(device)
-
-    live = torch.arange(rows, device=device)  # rows of the batch that are still being decoded
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
-    cache = DynamicCache(config=trunk.config)
-    ids, mask = query_ids, query_mask
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    everyone = torch.arange(rows, device=device)
     with autocast or contextlib.nullcontext():
-        for step in range(length):
-            states = trunk(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-            probs = torch.softmax(
-                (states.to(lm_head.weight.dtype) @ lm_head.weight.T).float() / sampling.temperature, -1
-            )
-            token = inverse_cdf(probs, uniform[step, live])
-            response[live, step] = token
-            logprobs[live, step] = probs.gather(1, token[:, None])[:, 0].clamp(min=1e-38).log()
-            done[live] |= torch.isin(token, ends)
-            if sampling.stop_strings:
-                for i in live[~done[live]].tolist():
-                    done[i] = (
-                        _stop_position(tokenizer, response[i, : step + 1].tolist(), sampling.stop_strings) is not None
-                    )
-            if bool(done.all()):
-                break
-            ids, mask = token[:, None], torch.nn.functional.pad(mask, (0, 1), value=True)
-            positions = positions[:, -1:] + 1
-            still = ~done[live]
-            if still.sum() <= 0.75 * len(live):  # copying the cache has a price: wait until a quarter has ended
-                keep = torch.nonzero(still)[:, 0]
-                cache.batch_select_indices(keep)
-                ids, mask, positions, live = ids[keep], mask[keep], positions[keep], live[keep]
+        batch = sampling.batch_size or rows
+        for part in [everyone] if batch >= rows else batches_by_length(query_mask, everyone, batch):
+            _decode(trunk, lm_head, query_ids, query_mask, part, uniform, sampling, tokenizer, response, logprobs)
+    ends = ending_ids(tokenizer).to(device)
     return _cut_rollout(query_ids, query_mask, response, logprobs, ends, sampling.stop_strings, tokenizer)
+
+
+def _decode(
+    trunk: Any,
+    lm_head: Any,
+    query_ids: torch.Tensor,
+    query_mask: torch.Tensor,
+    live: torch.Tensor,
+    uniform: torch.Tensor,
+    sampling: Sampling,
+    tokenizer: Any,
+    response: torch.Tensor,
+    logprobs: torch.Tensor,
+) -> None:
+    """Fill the rows `live` of `response` and `logprobs`; a row that has ended leaves the batch."""
+    width = int(query_mask[live].sum(1).max())  # no more padding than these rows need
+    ids, mask = query_ids[live, -width:], query_mask[live, -width:]
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    ends = ending_ids(tokenizer).to(ids.device)
+    done = torch.zeros(len(query_ids), dtype=torch.bool, device=ids.device)
+    cache = rollout_cache(trunk.config, width + sampling.response_length)
+    for step in range(sampling.response_length):
+        states = trunk(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        probs = torch.softmax((states.to(lm_head.weight.dtype) @ lm_head.weight.T).float() / sampling.temperature, -1)
+        token = inverse_cdf(probs, uniform[step, live])
+        response[live, step] = token
+        logprobs[live, step] = probs.gather(1, token[:, None])[:, 0].clamp(min=1e-38).log()
+        done[live] |= torch.isin(token, ends)
+        if sampling.stop_strings:
+            for i in live[~done[live]].tolist():
+                text = response[i, : step + 1].tolist()
+                done[i] = _stop_position(tokenizer, text, sampling.stop_strings) is not None
+        still = ~done[live]
+        if not bool(still.any()):
+            return
+        ids, mask = token[:, None], torch.nn.functional.pad(mask, (0, 1), value=True)
+        positions = positions[:, -1:] + 1
+        if still.sum() <= 0.75 * len(live):  # copying the cache has a price: wait until a quarter has ended
+            keep = torch.nonzero(still)[:, 0]
+            cache.batch_select_indices(keep)
+            ids, mask, positions, live = ids[keep], mask[keep], positions[keep], live[keep]
 
 
 def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

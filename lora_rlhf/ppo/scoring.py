@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_rlhf.base.attention import attention_for_gradients
 from lora_rlhf.base.packing import batches_by_length
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase, last_real
 from lora_rlhf.config import PpoSettings
@@ -64,23 +63,22 @@ def scored_rollout(
     values, raw = torch.zeros((count, width + 1), device=base.device), torch.zeros(count, device=base.device)
     kept: torch.Tensor | None = None
     everyone = torch.arange(count, device=base.device)
-    with attention_for_gradients(base.causal_lm):  # as the update computes them: the ratio starts at 1
-        for rows in batches_by_length(rollout.mask, everyone, settings.scoring_batch_size):
-            ids, mask, action = rollout.ids[rows], rollout.mask[rows], rollout.action_mask[rows]
-            common = base.common_states(ids, mask)
-            if common is not None:
-                kept = common.new_zeros((count, *common.shape[1:])) if kept is None else kept
-                kept[rows] = common
-            states = _states_of_roles(base, rollout, rows, common, bool(own), settings.mixed_adapter_scoring)
-            logprobs[rows], entropy[rows] = base.response_logprobs(
-                states[POLICY], ids, action, settings.temperature, settings.logits_chunk_size
-            )
-            reference[rows], _ = base.response_logprobs(
-                states[REFERENCE], ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
-            )
-            values[rows] = state_values(base, states[VALUE], action, value_offset)
-            if own:
-                raw[rows] = base.head_outputs(REWARD, last_real(states[REWARD], rollout.text_mask[rows]))
+    for rows in batches_by_length(rollout.mask, everyone, settings.scoring_batch_size):
+        ids, mask, action = rollout.ids[rows], rollout.mask[rows], rollout.action_mask[rows]
+        common = base.common_states(ids, mask)
+        if common is not None:
+            kept = common.new_zeros((count, *common.shape[1:])) if kept is None else kept
+            kept[rows] = common
+        states = _states_of_roles(base, rollout, rows, common, bool(own), settings.mixed_adapter_scoring)
+        logprobs[rows], entropy[rows] = base.response_logprobs(
+            states[POLICY], ids, action, settings.temperature, settings.logits_chunk_size
+        )
+        reference[rows], _ = base.response_logprobs(
+            states[REFERENCE], ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
+        )
+        values[rows] = state_values(base, states.get(VALUE, states[POLICY]), action, value_offset)
+        if own:
+            raw[rows] = base.head_outputs(REWARD, last_real(states[REWARD], rollout.text_mask[rows]))
     score, raw_scores = reward.scores(answers, {own[0].name: raw} if own else {})
     return Scored(logprobs, reference, entropy, values, score, raw_scores, kept)
 
@@ -88,8 +86,12 @@ def scored_rollout(
 def _states_of_roles(
     base: SharedBase, rollout: Rollout, rows: torch.Tensor, common: torch.Tensor | None, with_reward: bool, mixed: bool
 ) -> dict[str, torch.Tensor]:
-    """Return the states [rows, Q + R, d] of each role; the reward role, where it is asked for, reads the text."""
-    read = dict.fromkeys((POLICY, REFERENCE, VALUE), (rollout.ids[rows], rollout.mask[rows], common))
+    """Return the states [rows, Q + R, d] of each role that has an adapter, and of the reference.
+
+    The reward role, where it is asked for, reads the text. A value head without adapter reads the policy's states.
+    """
+    played = [role for role in (POLICY, REFERENCE, VALUE) if role == REFERENCE or role in base.configs]
+    read = dict.fromkeys(played, (rollout.ids[rows], rollout.mask[rows], common))
     if with_reward:
         ids, mask = rollout.text_ids[rows], rollout.text_mask[rows]
         same = torch.equal(ids, rollout.ids[rows]) and torch.equal(mask, rollout.mask[rows])

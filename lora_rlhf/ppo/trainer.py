@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import peak_memory_gib
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
-from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, kl_estimate, policy_loss, value_loss
+from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
 from lora_rlhf.ppo.rollout import Rollout, Sampling, sampled_answers
 from lora_rlhf.ppo.scoring import Scored, answers_of, scored_rollout, state_values
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward
@@ -57,7 +58,7 @@ class PpoTrainer:
         self._order: list[int] = []
         self.sampling = Sampling.of(settings)  # 4. the full distribution
         if self.sampling.expand_weights is None:  # decided once: the same seed then samples the same answers
-            self.sampling = replace(self.sampling, expand_weights=base.has_room_to_expand())
+            self.sampling = replace(self.sampling, expand_weights=base.layers.has_room_for_copy())
         self.step_count, self.episodes = 0, 0
         self.stopped_early: str | None = None
         self.value_offset = 0.0
@@ -78,6 +79,7 @@ class PpoTrainer:
                 {"params": self.parameters[VALUE], "lr": settings.value_learning_rate or settings.learning_rate},
             ],
             eps=1e-5,
+            fused=True,
         )
         # 16. the learning rate is annealed to 0
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -94,6 +96,9 @@ class PpoTrainer:
         self.reward.fit(*batches)
 
     def _start_value_role(self) -> None:
+        if self.settings.value_model == "head":
+            self.base.add_head(VALUE, torch.zeros(1, self.base.hidden_size))
+            return
         adapters = [s for s in self.reward.sources if isinstance(s, AdapterReward)]
         if not adapters:
             self.base.new_adapter(VALUE, self.base.configs[POLICY], trainable=True)
@@ -128,11 +133,12 @@ class PpoTrainer:
         rollout = self._rollout(POLICY, chosen)
         sampled = time.perf_counter()
         answers = answers_of(rollout, *self._prompts_and_columns(chosen))
-        scored = scored_rollout(self.base, rollout, self.reward, answers, s, self.value_offset)
-        kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
-        advantages, returns = self.targets(rollout, scored, kl)
-        scored_at = time.perf_counter()
-        learning = self.update(rollout, scored, advantages, returns)
+        with self.base.layers.working_copy() if self.sampling.expand_weights else contextlib.nullcontext():
+            scored = scored_rollout(self.base, rollout, self.reward, answers, s, self.value_offset)
+            kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
+            advantages, returns = self.targets(rollout, scored, kl)
+            scored_at = time.perf_counter()
+            learning = self.update(rollout, scored, advantages, returns)
         ended = time.perf_counter()
 
         mask = rollout.action_mask
@@ -187,6 +193,9 @@ class PpoTrainer:
         s = self.settings
         history: list[Metrics] = []
         first_ratio = 0.0
+        if s.sampler_correction is not None:  # 19. what was sampled from slightly other probabilities is weighed
+            weights = importance_weights(scored.logprobs, rollout.sampled_logprobs, s.sampler_correction)
+            advantages = advantages * weights
         warming = self.step_count < s.value_warmup_steps
         with self.base.training():
             for _ in range(s.num_ppo_epochs):
@@ -224,6 +233,7 @@ class PpoTrainer:
         s = self.settings
         tokens = rollout.action_mask[rows].sum()
         states = value_mask(rollout.action_mask[rows]).sum()
+        own_value = VALUE in self.base.configs  # else its head reads the policy's states
         sums: Metrics = {}
         for micro in batches_by_length(rollout.mask, rows, s.micro_batch_size):
             ids, mask, action = rollout.ids[micro], rollout.mask[micro], rollout.action_mask[micro]
@@ -237,8 +247,7 @@ class PpoTrainer:
                 hidden, ids, action, s.temperature, s.logits_chunk_size, with_entropy=False
             )
             loss, clipped = policy_loss(logprobs, old, advantages[micro], action, s.cliprange)  # 13.
-            if not warming:
-                (loss * share).backward()
+            learned: Any = 0.0 if warming else loss * share
             with torch.no_grad():
                 ratio = torch.exp(logprobs - old)
                 now = {
@@ -248,14 +257,18 @@ class PpoTrainer:
                     "update_kl": masked_mean(kl_estimate(old, logprobs, "k3"), action).item() * share,
                 }
                 deviation = ((ratio - 1).abs() * action).max().item()
-            del hidden, logprobs, loss
-
-            hidden = self.base.hidden(VALUE, ids, mask, common)
+            if own_value:
+                if not warming:
+                    learned.backward()
+                del hidden, logprobs, loss, learned
+                hidden, learned = self.base.hidden(VALUE, ids, mask, common), 0.0
+            elif warming:
+                hidden = hidden.detach()  # the policy's adapter stays as it is
             values = state_values(self.base, hidden, action, self.value_offset)
             loss, clipped = value_loss(
                 values, scored.values[micro], returns[micro], state_mask, s.cliprange_value
             )  # 13.
-            (s.vf_coef * loss * state_share).backward()
+            (learned + s.vf_coef * loss * state_share).backward()
             now |= {"value_loss": loss.item() * state_share, "value_clip_fraction": clipped.item() * state_share}
             sums = {name: sums.get(name, 0.0) + value for name, value in now.items()} | {
                 "ratio_deviation": max(sums.get("ratio_deviation", 0.0), deviation)

@@ -1,40 +1,57 @@
-"""Attention with gradients on a CPU is the plain one, inside the block only."""
+"""Grouped attention is the attention that transformers computes, on the CPU only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from lora_rlhf.base.attention import attention_for_gradients
+from lora_rlhf.base.attention import GROUPED, grouped_attention, use_grouped_attention
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import SharedBase
+from lora_rlhf.config import RunConfig
 
 
-def test_it_is_plain_inside_and_as_it_was_after_even_when_the_block_fails(make_base: Callable[..., SharedBase]) -> None:
-    causal_lm = make_base().causal_lm
-    assert causal_lm.config._attn_implementation == "sdpa"
-    with pytest.raises(KeyError), attention_for_gradients(causal_lm):
-        assert causal_lm.config._attn_implementation == "eager"
-        raise KeyError
-    assert causal_lm.config._attn_implementation == "sdpa"
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 7)], ids=["prefill", "decoding"])
+def test_it_equals_transformers_plain_attention_with_gradients(queries: int, keys: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((6, queries), (2, keys), (2, keys)))
+    mask = torch.zeros(2, 1, queries, keys)
+    mask[1, :, :, :2] = torch.finfo(torch.float32).min
+    results = []
+    for attention in (grouped_attention, eager_attention_forward):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        module = SimpleNamespace(num_key_value_groups=3, training=False)
+        out, _ = attention(module, *inputs, mask if masked else None, scaling=8**-0.5)
+        (out * torch.arange(8.0)).sum().backward()
+        results.append([out, *(t.grad for t in inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_the_states_are_the_same_and_causal_without_a_mask(make_base: Callable[..., SharedBase]) -> None:
-    causal_lm = make_base().causal_lm
+def test_a_shared_base_on_the_cpu_uses_it_and_gives_the_same_logits(
+    make_base: Callable[..., SharedBase], make_config: Callable[..., RunConfig]
+) -> None:
+    ours, stock = make_base().causal_lm, load_causal_lm(make_config())
+    assert ours.config._attn_implementation == GROUPED and stock.config._attn_implementation == "sdpa"
     ids = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        fused = causal_lm(input_ids=ids).logits
-        with attention_for_gradients(causal_lm):
-            plain = causal_lm(input_ids=ids).logits
-            shorter = causal_lm(input_ids=ids[:, :4]).logits
-    torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(plain[:, :4], shorter, rtol=1e-5, atol=1e-5)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    with torch.no_grad(), make_base().role("reference"):
+        for given in (None, mask):
+            before = stock(input_ids=ids, attention_mask=given).logits
+            use_grouped_attention(stock)
+            after = stock(input_ids=ids, attention_mask=given).logits
+            stock.set_attn_implementation("sdpa")
+            torch.testing.assert_close(after[:, -1], before[:, -1], rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_with_another_attention_keeps_it(make_base: Callable[..., SharedBase]) -> None:
-    causal_lm = make_base().causal_lm
-    causal_lm.set_attn_implementation("eager")
-    with attention_for_gradients(causal_lm):
-        assert causal_lm.config._attn_implementation == "eager"
-    assert causal_lm.config._attn_implementation == "eager"
+def test_a_model_with_another_attention_keeps_it(make_config: Callable[..., RunConfig]) -> None:
+    model = load_causal_lm(make_config())
+    model.set_attn_implementation("eager")
+    use_grouped_attention(model)
+    assert model.config._attn_implementation == "eager"

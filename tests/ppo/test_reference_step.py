@@ -118,7 +118,7 @@ class SlowPpo:
                 p.sub_(rate * m_hat / (v_hat.sqrt() + 1e-5))
 
 
-MIXED = {"mixed_adapter_scoring": True, "expand_rollout_weights": False}
+MIXED = {"mixed_adapter_scoring": True, "expand_weights": False}
 CHECKPOINTING = {"gradient_checkpointing": True}
 
 

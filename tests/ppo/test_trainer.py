@@ -206,7 +206,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_learned_from(m
 def test_the_sampler_decides_once_whether_to_expand(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(text_length)
     assert trainer.sampling.expand_weights is True
-    monkeypatch.setattr(trainer.base, "has_room_to_expand", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr(trainer.base.layers, "has_room_for_copy", lambda: pytest.fail("asked again"))
     trainer.step()
 
 

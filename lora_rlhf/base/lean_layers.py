@@ -1,0 +1,167 @@
+"""Linear, norm and MLP layers that compute what transformers' and PEFT's do, with less memory and fewer passes.
+
+A frozen base needs no gradient of its own weights, so little has to be kept for backward: a linear layer keeps its
+input and the low-rank product, a norm its input and one number per row, an MLP the two halves of its gate. All of it
+is stock torch, on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
+"""Norms of transformers with w · x / √(mean x² + ε), computed in float32."""
+GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
+"""MLPs of transformers with down(act(gate(x)) · up(x))."""
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x Wᵀ + b + s · (x Aᵀ) Bᵀ, W frozen; W is made anew in backward rather than kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: Callable[[], torch.Tensor],
+        bias: torch.Tensor | None,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        y, low = _product(x, weight(), bias, a, b, scaling)
+        ctx.weight, ctx.scaling = weight, scaling
+        ctx.save_for_backward(*([x] if a is None else [x, low, a, b]))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, *adapter = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        dx = dy @ ctx.weight() if ctx.needs_input_grad[0] else None
+        da = db = None
+        if adapter:
+            low, a, b = adapter
+            back = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)
+            if dx is not None:
+                dx.addmm_(back, a.to(dy.dtype))
+            if ctx.needs_input_grad[3]:
+                da = (back.T @ x.reshape(-1, x.shape[-1])).to(a.dtype)
+                db = (dy.T @ low).mul_(ctx.scaling).to(b.dtype)
+        return None if dx is None else dx.view(x.shape), None, None, da, db, None
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    flat = x.reshape(-1, x.shape[-1])
+    y = nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
+    low = None
+    if a is not None and b is not None:
+        low = flat @ a.to(x.dtype).T
+        y.addmm_(low, b.to(x.dtype).T, alpha=scaling)
+    return y.view(*x.shape[:-1], y.shape[-1]), low
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: Callable[[], torch.Tensor],
+    bias: torch.Tensor | None,
+    adapter: tuple[torch.Tensor, torch.Tensor, float] | None,
+) -> torch.Tensor:
+    """Return x Wᵀ + bias + s · (x Aᵀ) Bᵀ, [..., out] in the dtype of `x`.
+
+    Args:
+        x: [..., in] in the compute dtype.
+        weight: returns W [out, in] in that dtype; called once in forward and once in backward.
+        bias: [out], frozen, or none.
+        adapter: A [rank, in], B [out, rank] (float32 masters; products in the dtype of `x`) and s; or none.
+    """
+    a, b, scaling = adapter or (None, None, 0.0)
+    if torch.is_grad_enabled() and (x.requires_grad or (a is not None and a.requires_grad)):
+        return _LoraLinear.apply(x, weight, bias, a, b, scaling)
+    return _product(x, weight(), bias, a, b, scaling)[0]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """w · x / √(mean x² + ε) over the last dimension, in float32, w frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        y, scale = _normed(x, weight, eps)
+        ctx.save_for_backward(x, scale, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        straight = grads[0] * weight
+        along = torch.linalg.vecdot(straight.float(), x.float())[..., None]
+        return torch.addcmul(straight * scale, x, along * scale**3 / -x.shape[-1]).to(x.dtype), None, None
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
+    return (x * scale).to(x.dtype) * weight, scale
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return w · x / √(mean x² + ε), computed in float32, rounded to the dtype of `x` before w; w takes no gradient."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RmsNorm.apply(x, weight, eps)
+    return _normed(x, weight, eps)[0]
+
+
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) · up; silu is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        d_up = nn.functional.silu(gate).mul_(grads[0])
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), d_up
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) · up, keeping just these two for backward."""
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _SwiGlu.apply(gate, up)
+    return nn.functional.silu(gate).mul_(up)
+
+
+def make_norms_and_mlps_lean(trunk: nn.Module) -> None:
+    """Give the norms and gated MLPs of a frozen transformers model the functions above; others stay as they are."""
+    for module in trunk.modules():
+        kind = type(module).__name__ if type(module).__module__.startswith("transformers.") else ""
+        if kind in NORMS:
+            module.forward = _norm_forward(module)
+        elif kind in GATED_MLPS and isinstance(module.act_fn, nn.SiLU | type(_silu())):
+            module.forward = _mlp_forward(module)
+
+
+def _silu() -> nn.Module:
+    from transformers.activations import ACT2FN
+
+    return ACT2FN["silu"]
+
+
+def _norm_forward(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _mlp_forward(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))

@@ -1,0 +1,151 @@
+"""The linear layers of a shared base: a frozen weight, in 4 bits or as a 16-bit working copy, and a role's adapter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_rlhf.base.lean_layers import lora_linear, make_norms_and_mlps_lean
+
+
+class FrozenLinear:
+    """The forward of a frozen linear layer; `copy` [out, in], where there is one, takes the place of its weight."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        self.layer, self.dtype = layer, dtype
+        self.stock = layer.forward
+        self.copy: torch.Tensor | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weight is in 4 bits."""
+        return getattr(self.layer.weight, "quant_state", None) is not None
+
+    def weight(self) -> torch.Tensor:
+        """Return the weight [out, in] in the compute dtype: the copy, or the layer's own, dequantised now."""
+        return dequantized_weight(self.layer).to(self.dtype) if self.copy is None else self.copy
+
+    def product(self, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float] | None) -> torch.Tensor:
+        """Return `lora_linear` of this layer; without gradient, bitsandbytes' own 4-bit product where there is one."""
+        x = x.to(self.dtype)
+        if self.copy is None and not torch.is_grad_enabled() and self.is_quantized:
+            y = self.stock(x)
+            if adapter is not None:
+                a, b, scaling = adapter
+                low = x.reshape(-1, x.shape[-1]) @ a.to(x.dtype).T
+                y.view(-1, y.shape[-1]).addmm_(low, b.to(x.dtype).T, alpha=scaling)
+            return y
+        return lora_linear(x, self.weight, self.layer.bias, adapter)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product without adapter."""
+        return self.product(x, None)
+
+
+class RoleLinear:
+    """The forward of a PEFT layer on a frozen linear one: the adapter of the role that is played, and no other."""
+
+    def __init__(self, layer: Any, frozen: FrozenLinear, playing: Callable[[], str]) -> None:
+        self.layer, self.frozen, self.playing = layer, frozen, playing
+        self.stock = layer.forward
+        self.folded = False
+
+    def __call__(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **rest: Any
+    ) -> torch.Tensor:
+        """Return the role's output; a mixed-adapter batch takes PEFT's own way."""
+        if adapter_names is not None:
+            return self.stock(x, *args, adapter_names=adapter_names, **rest)
+        return self.frozen.product(x, None if self.folded else self.adapter(self.playing()))
+
+    def adapter(self, role: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return (A, B, scaling) of a role, or none where it has no adapter here."""
+        if role not in self.layer.lora_A:
+            return None
+        return self.layer.lora_A[role].weight, self.layer.lora_B[role].weight, self.layer.scaling[role]
+
+
+class RoleLayers:
+    """All layers of a PEFT model whose forward is replaced by a leaner one that knows roles.
+
+    Args:
+        model: PEFT model on a frozen transformers model; its adapters are named after roles.
+        playing: returns the role that is played; a name without adapter plays the base.
+        dtype: what products are computed in.
+    """
+
+    def __init__(self, model: nn.Module, playing: Callable[[], str], dtype: torch.dtype) -> None:
+        self.model, self.playing, self.dtype = model, playing, dtype
+        self.device = next(model.parameters()).device
+        self.frozen: dict[nn.Module, FrozenLinear] = {}
+        self.adapted: dict[nn.Module, RoleLinear] = {}
+        make_norms_and_mlps_lean(model)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in layers that were adapted since."""
+        wrapped = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        inner = {id(layer.get_base_layer()) for layer in wrapped}
+        for module in self.model.modules():
+            quantized = getattr(getattr(module, "weight", None), "quant_state", None) is not None
+            if module not in self.frozen and not isinstance(module, LoraLayer) and (quantized or id(module) in inner):
+                self.frozen[module] = module.forward = FrozenLinear(module, self.dtype)
+        for layer in wrapped:
+            if layer not in self.adapted:
+                role = RoleLinear(layer, self.frozen[layer.get_base_layer()], self.playing)
+                self.adapted[layer] = layer.forward = role
+
+    def copy_bytes(self) -> int:
+        """Return what a working copy takes."""
+        sizes = (f.layer.in_features * f.layer.out_features for f in self.frozen.values() if f.is_quantized)
+        return sum(sizes) * self.dtype.itemsize
+
+    def has_room_for_copy(self) -> bool:
+        """Return whether free memory is at least twice what a working copy takes."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0] > 2 * self.copy_bytes()
+        return psutil.virtual_memory().available > 2 * self.copy_bytes()
+
+    @contextlib.contextmanager
+    def working_copy(self, folded_role: str | None = None) -> Iterator[None]:
+        """Hold every weight in the compute dtype inside the block, so that no product dequantises.
+
+        With `folded_role` its adapter is added to the weights. The sum is rounded to the compute dtype, so that
+        log-probs differ slightly from those of base and adapter; no gradients then, and no other role.
+        """
+        roles = {id(r.frozen): r for r in self.adapted.values()}
+        wanted = [f for f in self.frozen.values() if f.is_quantized or (folded_role and id(f) in roles)]
+        sizes = [f.layer.in_features * f.layer.out_features for f in wanted]
+        # one block of memory, which the system gets back whole
+        memory = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+        try:
+            for frozen, room in zip(wanted, memory.split(sizes), strict=True):
+                weight, role = frozen.weight(), roles.get(id(frozen))
+                if folded_role and role and (adapter := role.adapter(folded_role)):
+                    a, b, scaling = adapter
+                    weight = torch.addmm(weight.float(), b.detach(), a.detach(), alpha=scaling)
+                frozen.copy = room.view(weight.shape).copy_(weight)
+            for role in self.adapted.values():
+                role.folded = folded_role is not None
+            yield
+        finally:
+            for frozen in wanted:
+                frozen.copy = None
+            for role in self.adapted.values():
+                role.folded = False
+
+
+def dequantized_weight(layer: Any) -> torch.Tensor:
+    """Return the weight [out, in] that a linear layer computes with: a 4-bit one dequantised, else its own."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight.data
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
