@@ -109,7 +109,12 @@ class PpoSettings:
     whiten_rewards: bool = setting(False, "Scale token rewards to standard deviation 1, keeping their mean.")
     normalization_samples: int = setting(64, "Reference answers that define mean and deviation of the score.")
     value_warmup_steps: int = setting(0, "First steps in which only the value adapter learns.")
-    gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, more time.")
+    gradient_checkpointing: bool | None = setting(
+        None, "Recompute activations in backward: less memory, more time. None: where it would not fit without."
+    )
+    optim: Literal["adam", "paged_adam_8bit"] = setting(
+        "adam", "Adam in float32, or bitsandbytes' in 8 bits (CUDA), which moves to main memory where the card is full."
+    )
     logits_chunk_size: int | None = setting(
         None, "Response tokens whose logits exist at one time; none: as many as take 16 MiB in float32."
     )

@@ -21,6 +21,7 @@ from lora_rlhf.data.rows import Split
 from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
 from lora_rlhf.evaluation.curves import write_curves
 from lora_rlhf.instruct import train_instruct_adapter
+from lora_rlhf.memory import check_memory, with_checkpointing_decided
 from lora_rlhf.memory_peak import reset_peak_memory, return_freed_memory
 from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
 from lora_rlhf.ppo.rollout import Sampling, sampled_answers
@@ -84,6 +85,7 @@ def base_stage(session: Session) -> None:
         note("  done before")
         return
     with session.run.stage("base"):
+        check_memory(session.config)
         for split in ("train", "test"):
             session.pairs(split)
         model = session.shared_base().causal_lm
@@ -148,7 +150,8 @@ def ppo_stage(session: Session) -> None:
         base = session.shared_base()
         reset_peak_memory(base.device)
         reward = CombinedReward(reward_sources(config, base, run / "reward_adapter"))
-        trainer = PpoTrainer(base, session.tokenizer, train, reward, config.ppo, config.seed)
+        settings = with_checkpointing_decided(config).ppo
+        trainer = PpoTrainer(base, session.tokenizer, train, reward, settings, config.seed)
         metrics = _ppo_steps(trainer, config.ppo.total_steps, run)
         base.save_adapter(POLICY, run / "policy_adapter")
         base.save_adapter(VALUE, run / "value_adapter")

@@ -1,8 +1,8 @@
 """Linear, norm and MLP layers that compute what transformers' and PEFT's do, with less memory and fewer passes.
 
-A frozen base needs no gradient of its own weights, so little has to be kept for backward: a linear layer keeps its
-input and the low-rank product, a norm its input and one number per row, an MLP the two halves of its gate. All of it
-is stock torch, on any device.
+A frozen base needs no gradient of its own weights, so little has to be kept for backward: an adapted linear layer keeps
+its input and the low-rank product, a plain one nothing, a norm its input and one number per row, an MLP the two halves
+of its gate. All of it is stock torch, on any device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x Wᵀ + b + s · (x Aᵀ) Bᵀ, W frozen; W is made anew in backward rather than kept."""
+    """x Wᵀ + b + s · (x Aᵀ) Bᵀ, W frozen and made anew in backward; x is kept for the adapter alone."""
 
     @staticmethod
     def forward(
@@ -33,25 +33,25 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         y, low = _product(x, weight(), bias, a, b, scaling)
-        ctx.weight, ctx.scaling = weight, scaling
-        ctx.save_for_backward(*([x] if a is None else [x, low, a, b]))
+        ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
+        ctx.save_for_backward(*([] if a is None else [x, low, a, b]))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        x, *adapter = ctx.saved_tensors
+        kept = ctx.saved_tensors  # once: with checkpointing, a second look would compute anew
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         dx = dy @ ctx.weight() if ctx.needs_input_grad[0] else None
         da = db = None
-        if adapter:
-            low, a, b = adapter
+        if kept:
+            x, low, a, b = kept
             back = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)
             if dx is not None:
                 dx.addmm_(back, a.to(dy.dtype))
             if ctx.needs_input_grad[3]:
                 da = (back.T @ x.reshape(-1, x.shape[-1])).to(a.dtype)
                 db = (dy.T @ low).mul_(ctx.scaling).to(b.dtype)
-        return None if dx is None else dx.view(x.shape), None, None, da, db, None
+        return None if dx is None else dx.view(ctx.shape), None, None, da, db, None
 
 
 def _product(

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from math import isfinite
 from statistics import fmean
 from typing import Any
@@ -20,6 +21,7 @@ from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import peak_memory_gib
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
+from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
 from lora_rlhf.ppo.rollout import Rollout, Sampling, sampled_answers
 from lora_rlhf.ppo.scoring import Scored, answers_of, scored_rollout, state_values
@@ -55,6 +57,7 @@ class PpoTrainer:
         self.base, self.tokenizer, self.pairs, self.reward, self.settings = base, tokenizer, pairs, reward, settings
         self.prompt_ids = [prompt_ids(tokenizer, pair.messages) for pair in pairs]
         self.generator = torch.Generator().manual_seed(seed)
+        self.batches = BatchSizes(settings)
         self._order: list[int] = []
         self.sampling = Sampling.of(settings)  # 4. the full distribution
         if self.sampling.expand_weights is None:  # decided once: the same seed then samples the same answers
@@ -72,15 +75,11 @@ class PpoTrainer:
         self._start_value_role()
         base.set_trainable(POLICY, True)
         self.parameters = {role: base.parameters(role) for role in (POLICY, VALUE)}
-        # 16. Adam with ε 1e-5
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": self.parameters[POLICY], "lr": settings.learning_rate},
-                {"params": self.parameters[VALUE], "lr": settings.value_learning_rate or settings.learning_rate},
-            ],
-            eps=1e-5,
-            fused=True,
-        )
+        groups = [
+            {"params": self.parameters[POLICY], "lr": settings.learning_rate},
+            {"params": self.parameters[VALUE], "lr": settings.value_learning_rate or settings.learning_rate},
+        ]
+        self.optimizer = _adam(groups, settings.optim)
         # 16. the learning rate is annealed to 0
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_share(step, settings.total_steps, settings.warmup_ratio)
@@ -123,7 +122,23 @@ class PpoTrainer:
 
     def _rollout(self, role: str, chosen: list[int]) -> Rollout:
         prompts = [self.prompt_ids[i] for i in chosen]
-        return sampled_answers(self.base, role, prompts, self.sampling, self.tokenizer, self.generator)
+        before = self.generator.get_state()
+
+        def sampled(size: int) -> Rollout:
+            self.generator.set_state(before)  # the same random numbers, should this be the second try
+            sampling = replace(self.sampling, batch_size=size)
+            return sampled_answers(self.base, role, prompts, sampling, self.tokenizer, self.generator)
+
+        return self.batches.within_memory("rollout_batch_size", sampled)
+
+    def _scored(self, rollout: Rollout, chosen: list[int]) -> Scored:
+        answers = answers_of(rollout, *self._prompts_and_columns(chosen))
+
+        def scored(size: int) -> Scored:
+            settings = replace(self.settings, scoring_batch_size=size)
+            return scored_rollout(self.base, rollout, self.reward, answers, settings, self.value_offset)
+
+        return self.batches.within_memory("scoring_batch_size", scored)
 
     def step(self) -> Metrics:
         """Sample one batch of answers, learn from it, and return the metrics of the step."""
@@ -132,9 +147,8 @@ class PpoTrainer:
         chosen = self._next_prompts(s.batch_size)
         rollout = self._rollout(POLICY, chosen)
         sampled = time.perf_counter()
-        answers = answers_of(rollout, *self._prompts_and_columns(chosen))
         with self.base.layers.working_copy() if self.sampling.expand_weights else contextlib.nullcontext():
-            scored = scored_rollout(self.base, rollout, self.reward, answers, s, self.value_offset)
+            scored = self._scored(rollout, chosen)
             kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
             advantages, returns = self.targets(rollout, scored, kl)
             scored_at = time.perf_counter()
@@ -201,8 +215,11 @@ class PpoTrainer:
             for _ in range(s.num_ppo_epochs):
                 order = torch.randperm(len(rollout.texts), generator=self.generator)  # 18.
                 for rows in order.chunk(s.num_mini_batches):
-                    self.optimizer.zero_grad(set_to_none=True)
-                    now = self._accumulate(rollout, scored, advantages, returns, rows.to(self.base.device), warming)
+                    part = rows.to(self.base.device)
+                    now = self.batches.within_memory(
+                        "micro_batch_size",
+                        partial(self._accumulate, rollout, scored, advantages, returns, part, warming),
+                    )
                     if not history:
                         first_ratio = now["ratio_deviation"]  # 19.
                     history.append(now)
@@ -218,6 +235,7 @@ class PpoTrainer:
                             "or dtype: float32, may help; metrics.jsonl shows how it came about"
                         )
                     self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return self._summary(history, first_ratio, stopped=0.0)
 
     def _accumulate(
@@ -228,14 +246,16 @@ class PpoTrainer:
         returns: torch.Tensor,
         rows: torch.Tensor,
         warming: bool,
+        micro_batch_size: int,
     ) -> Metrics:
         """Add up the gradients of one minibatch over micro-batches; equal to one pass over all of it."""
         s = self.settings
+        self.optimizer.zero_grad(set_to_none=True)
         tokens = rollout.action_mask[rows].sum()
         states = value_mask(rollout.action_mask[rows]).sum()
         own_value = VALUE in self.base.configs  # else its head reads the policy's states
         sums: Metrics = {}
-        for micro in batches_by_length(rollout.mask, rows, s.micro_batch_size):
+        for micro in batches_by_length(rollout.mask, rows, micro_batch_size):
             ids, mask, action = rollout.ids[micro], rollout.mask[micro], rollout.action_mask[micro]
             state_mask, old = value_mask(action), scored.logprobs[micro]
             common = None if scored.common is None else scored.common[micro]
@@ -284,6 +304,17 @@ class PpoTrainer:
     def normalization(self) -> dict[str, Any]:
         """Return what normalises scores and values, to be kept beside the adapters."""
         return {"scales": {n: asdict(s) for n, s in self.reward.scales.items()}, "value_offset": self.value_offset}
+
+
+def _adam(groups: list[dict[str, Any]], optim: str) -> torch.optim.Optimizer:
+    """16. Return Adam with ε 1e-5, its moments in float32 or, paged, in 8 bits."""
+    if optim == "adam":
+        return torch.optim.Adam(groups, eps=1e-5, fused=True)
+    if not torch.cuda.is_available():
+        raise UserError("ppo.optim: paged_adam_8bit needs CUDA; set ppo.optim: adam")
+    import bitsandbytes
+
+    return bitsandbytes.optim.PagedAdam8bit(groups, eps=1e-5)
 
 
 def learning_rate_share(step: int, total: int, warmup_ratio: float) -> float:

@@ -1,0 +1,148 @@
+"""The planner: shapes and parts by hand, monotone predictions, advice that fits, and a refusal in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from lora_rlhf import memory
+from lora_rlhf.config import PpoSettings, RunConfig
+from lora_rlhf.config_file import config_from_file
+from lora_rlhf.errors import UserError
+from lora_rlhf.memory_plan import ModelShape, Planner, expands, fitting_changes, peaks, shape_of
+
+GIB = 2**30
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
+
+
+@pytest.fixture(scope="module")
+def mistral() -> ModelShape:
+    """Mistral-7B-v0.1; transformers' default config has its sizes."""
+    return shape_of(MistralConfig(), AutoModelForCausalLM)
+
+
+@pytest.fixture
+def mistral_folder(tmp_path: Path) -> str:
+    MistralConfig(architectures=["MistralForCausalLM"]).save_pretrained(tmp_path / "mistral")
+    return str(tmp_path / "mistral")
+
+
+def test_the_shape_of_mistral_7b(mistral: ModelShape) -> None:
+    assert mistral.body == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert mistral.body + mistral.other == 7_241_732_096
+    assert (mistral.key_width, mistral.query_width, mistral.inner, mistral.layers) == (1024, 4096, 14336, 32)
+
+
+def test_the_parts_of_a_step_by_hand(mistral: ModelShape) -> None:
+    config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    planner = Planner(config, mistral, on_cuda=True, expand=False)
+    adapter = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert planner.adapter_parameters() == adapter == 41_943_040
+    rollout, score, update = planner.ppo_stages()
+    assert rollout.parts["adapters"] == 3 * 4 * adapter and rollout.parts["optimizer"] == 2 * 8 * adapter
+    assert update.parts["gradients"] == 2 * 4 * adapter and "gradients" not in score.parts
+    assert rollout.parts["keys and values"] == 64 * 512 * 32 * 2 * 1024 * 2  # 4 GiB: answers, tokens, layers, k and v
+    # 4.13 bits a weight, and 16 for embeddings, head and norms
+    assert rollout.parts["weights"] / GIB == pytest.approx((mistral.body * 0.51587 + 262_410_240 * 2) / GIB, rel=1e-4)
+
+
+def test_a_value_head_saves_an_adapter_and_its_optimizer(mistral: ModelShape) -> None:
+    config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    head = replace(config, ppo=replace(config.ppo, value_model="head"))
+    both = [Planner(c, mistral, True, False).ppo_stages()[2].parts for c in (config, head)]
+    assert both[0]["adapters"] / both[1]["adapters"] == 1.5 and both[0]["optimizer"] == 2 * both[1]["optimizer"]
+
+
+@pytest.mark.parametrize(("name", "gib"), [("mistral_7b_24gb.yaml", 24), ("mistral_7b_16gb.yaml", 16)])
+def test_the_mistral_configs_fit_their_cards_with_a_fifth_to_spare(name: str, gib: int, mistral: ModelShape) -> None:
+    usable, on_cuda = memory.usable_bytes(gib)
+    assert on_cuda and usable < gib * GIB
+    assert max(p.total for p in peaks(config_from_file(CONFIGS / name), mistral, True, usable)) < 0.8 * usable
+
+
+def test_the_16_gb_config_differs_from_the_24_gb_one_in_memory_alone() -> None:
+    small, large = (config_from_file(CONFIGS / f"mistral_7b_{g}gb.yaml") for g in (16, 24))
+    memory_only = {"micro_batch_size": 4, "scoring_batch_size": 8, "rollout_batch_size": None}
+    assert replace(small.ppo, **memory_only) == large.ppo
+    for one, other in ((small.reward, large.reward), (small.sft, large.sft)):
+        sizes = [s.per_device_train_batch_size * s.gradient_accumulation_steps for s in (one, other)]
+        assert sizes[0] == sizes[1]
+
+
+@given(st.sampled_from(["batch_size", "micro_batch_size", "scoring_batch_size", "response_length"]), st.booleans())
+def test_more_of_anything_never_takes_less(name: str, on_cuda: bool) -> None:
+    shape = shape_of(MistralConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2), AutoModelForCausalLM)
+    config = RunConfig(ppo=PpoSettings(batch_size=32))
+    more = replace(config, ppo=replace(config.ppo, **{name: 2 * getattr(config.ppo, name)}))
+    plans = [Planner(c, shape, on_cuda, False).stages() for c in (config, more)]
+    assert all(one.total <= other.total for one, other in zip(*plans, strict=True))
+
+
+@pytest.mark.parametrize("gib", [12.0, 10.0, 8.0])
+def test_advice_fits_and_changes_memory_alone(mistral: ModelShape, gib: float) -> None:
+    config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    config = replace(config, ppo=replace(config.ppo, expand_weights=True, gradient_checkpointing=False))
+    usable, _ = memory.usable_bytes(gib)
+    assert max(p.total for p in peaks(config, mistral, True, usable)) > usable
+    changes = fitting_changes(config, mistral, True, usable)
+    assert changes and changes[0] == ("ppo.expand_weights", False)
+    assert not {"max_length", "ppo.response_length", "ppo.batch_size"} & {name for name, _ in changes}
+    for name, value in changes:
+        section, _, leaf = name.rpartition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{leaf: value})})
+    assert max(p.total for p in peaks(config, mistral, True, usable)) <= usable
+
+
+def test_nothing_fits_a_card_smaller_than_the_weights(mistral: ModelShape) -> None:
+    config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    assert fitting_changes(config, mistral, True, 3 * GIB) is None
+
+
+def test_a_working_copy_is_predicted_where_a_run_would_make_one(mistral: ModelShape) -> None:
+    auto = RunConfig()
+    assert expands(auto, mistral, True, 80 * GIB) and not expands(auto, mistral, True, 24 * GIB)
+    assert not expands(RunConfig(ppo=PpoSettings(expand_weights=False)), mistral, True, 80 * GIB)
+    assert not expands(RunConfig(load_in_4bit=False), mistral, True, 80 * GIB)
+
+
+def test_checkpointing_is_turned_on_where_memory_needs_it(mistral_folder: str) -> None:
+    config = RunConfig(model_name_or_path=mistral_folder, ppo=PpoSettings(expand_weights=False))
+    assert memory.with_checkpointing_decided(config, 80).ppo.gradient_checkpointing is False
+    assert memory.with_checkpointing_decided(config, 16).ppo.gradient_checkpointing is True
+    decided = replace(config, ppo=replace(config.ppo, gradient_checkpointing=False))
+    assert memory.with_checkpointing_decided(decided, 16) == decided
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(ppo={"batch_size": 64, "response_length": 512}, max_prompt_length=512)
+    memory.check_memory(config)
+    needed = {p.name: p.total for p in peaks(config, memory.model_shape(config), False, math.inf)}
+    free = 0.9 * max(needed.values())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
+    with pytest.raises(UserError, match=r"memory: .* GiB at its peak.*This fits: --\w+"):
+        memory.check_memory(config)
+
+
+def test_the_command_prints_a_table_and_says_whether_it_fits(
+    mistral_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["memory", "--config", str(CONFIGS / "mistral_7b_24gb.yaml"), "--model_name_or_path", mistral_folder]
+    monkeypatch.setattr("sys.argv", [*words, "--gpu-gib", "24"])
+    memory.main()
+    assert "keys and values" in (shown := capsys.readouterr().out) and "GiB to spare" in shown
+    monkeypatch.setattr("sys.argv", [*words, "--gpu-gib", "8"])
+    with pytest.raises(SystemExit) as ended:
+        memory.main()
+    assert ended.value.code == 1 and "This fits: --ppo.rollout_batch_size" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*words, "--gpu-gib", "-1"])
+    with pytest.raises(UserError, match="above 0"):
+        memory.main()
