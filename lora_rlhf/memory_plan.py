@@ -21,8 +21,10 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, an 8-bit scale for 64 of them, and a float32 one for 256 scales (double quantisation)."""
 ADAM_BYTES = {"adam": 8.0, "paged_adam_8bit": 2.0}
 """Per trained parameter: two moments."""
-PROCESS_BYTES = 560 * 2**20
-"""Python with torch, transformers, peft and datasets in it, before any model: resident memory, on a CPU."""
+PROCESS_BYTES = 690 * 2**20
+"""On a CPU: resident memory of Python with torch, transformers, peft, datasets and oneDNN's kernels, no model."""
+HEAP_SHARE = 1.5
+"""On a CPU: what comes and goes takes this many times its size, for glibc's heap keeps holes between blocks."""
 CONTEXT_BYTES = 600 * 2**20
 """What CUDA itself takes of a card, beside what torch allocates."""
 
@@ -143,6 +145,10 @@ class Planner:
         """Bytes of a number in the compute dtype."""
         return getattr(torch, self.config.dtype).itemsize
 
+    @property
+    def _held(self) -> float:
+        return 1.0 if self.on_cuda else HEAP_SHARE
+
     def stages(self) -> list[StagePlan]:
         """Return the peaks, in the order of the stages."""
         c = self.config
@@ -221,7 +227,7 @@ class Planner:
     def _passing(self, rows: int, length: int) -> float:
         """Return what a pass without gradient holds at its fullest layer."""
         per_token = (4 * self.shape.hidden + 3 * self.shape.inner + 2 * self.shape.query_width) * self.width
-        return rows * length * (per_token + self._attention(length, kept=False))
+        return self._held * rows * length * (per_token + self._attention(length, kept=False))
 
     def _kept(self, rows: int, length: int, checkpointing: bool) -> float:
         """Return what forward keeps for backward, and what backward holds beside it at its fullest layer."""
@@ -234,9 +240,9 @@ class Planner:
         # two norm inputs; queries and what they gathered; keys and values; both halves of the gate
         numbers = 2 * s.hidden + 2 * s.query_width + 2 * s.key_width + 2 * s.inner + adapted
         one_layer = tokens * (numbers * self.width + self._attention(length, kept=True))
-        backward = tokens * (5 * s.inner + 4 * s.hidden) * self.width
+        backward = tokens * ((5 * s.inner + 4 * s.hidden) * self.width + self._attention(length, kept=False))
         kept = layers * tokens * s.hidden * self.width + one_layer if checkpointing else layers * one_layer
-        return kept + backward + tokens * s.hidden * (4 + self.width)
+        return self._held * (kept + backward + tokens * s.hidden * (4 + self.width))
 
     def _attention(self, length: int, kept: bool) -> float:
         """Return bytes of attention per token: the scores of plain attention on a CPU; none of fused on CUDA."""

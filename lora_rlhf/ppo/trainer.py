@@ -19,7 +19,7 @@ from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.errors import UserError
-from lora_rlhf.memory_peak import peak_memory_gib
+from lora_rlhf.memory_peak import peak_memory_gib, trim_heap
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
 from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
@@ -147,12 +147,15 @@ class PpoTrainer:
         chosen = self._next_prompts(s.batch_size)
         rollout = self._rollout(POLICY, chosen)
         sampled = time.perf_counter()
+        trim_heap()
         with self.base.layers.working_copy() if self.sampling.expand_weights else contextlib.nullcontext():
             scored = self._scored(rollout, chosen)
             kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
             advantages, returns = self.targets(rollout, scored, kl)
             scored_at = time.perf_counter()
+            trim_heap()
             learning = self.update(rollout, scored, advantages, returns)
+        self.optimizer.zero_grad(set_to_none=True)  # gradients take no memory in the next rollout
         ended = time.perf_counter()
 
         mask = rollout.action_mask
@@ -235,7 +238,6 @@ class PpoTrainer:
                             "or dtype: float32, may help; metrics.jsonl shows how it came about"
                         )
                     self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return self._summary(history, first_ratio, stopped=0.0)
 
     def _accumulate(

@@ -41,9 +41,21 @@ class TokenCount:
         return hits[:, -LENGTH:].sum(1).float()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_ppo_learns_to_say_what_is_paid_for(make_config: Callable[..., RunConfig], tokenizer: Any, seed: int) -> None:
-    config = make_config(ppo=SETTINGS)
+@pytest.mark.parametrize(
+    ("seed", "fast_paths"),
+    [
+        (0, {"expand_weights": True}),
+        (1, {"expand_weights": True}),
+        (2, {"expand_weights": True}),
+        (0, {"expand_weights": False, "sampler_correction": None}),
+        (1, {"value_model": "head"}),
+        (2, {"mixed_adapter_scoring": True, "gradient_checkpointing": True, "rollout_batch_size": 24}),
+    ],
+)
+def test_ppo_learns_to_say_what_is_paid_for(
+    make_config: Callable[..., RunConfig], tokenizer: Any, seed: int, fast_paths: dict[str, Any]
+) -> None:
+    config = make_config(ppo=SETTINGS | fast_paths)
     torch.manual_seed(seed)
     base = SharedBase(load_causal_lm(config), lora_config(config.lora), torch.float32)
     prompts = [prompt_ids(tokenizer, pair.messages) for pair in PAIRS] * 32

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, kl_estimate, policy_loss, value_loss
+from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
 
 properties = settings(max_examples=50, deadline=None)
 real = st.floats(-3, 3)
@@ -18,6 +18,25 @@ one = torch.ones(1, 1, dtype=torch.bool)
 
 def cell(value: float) -> torch.Tensor:
     return torch.tensor([[value]])
+
+
+# -- truncated importance sampling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trainer", "sampler", "expected"),
+    [(0.5, 0.25, 2.0), (0.25, 0.5, 0.5), (0.9, 0.3, 2.0), (0.4, 0.4, 1.0)],  # p / q, at most 2
+)
+def test_importance_weights_by_hand(trainer: float, sampler: float, expected: float) -> None:
+    assert importance_weights(cell(log(trainer)), cell(log(sampler)), 2.0).item() == pytest.approx(expected)
+
+
+@given(st.lists(st.floats(0.05, 1), min_size=3, max_size=3), st.lists(st.floats(0.05, 1), min_size=3, max_size=3))
+def test_weights_below_the_cap_turn_the_samplers_mean_into_the_trainers(p: list[float], q: list[float]) -> None:
+    trainer, sampler = torch.tensor(p) / sum(p), torch.tensor(q) / sum(q)
+    values = torch.tensor([1.0, -2.0, 3.0])
+    weights = importance_weights(trainer.log(), sampler.log(), cap=1e9)
+    torch.testing.assert_close((sampler * weights * values).sum(), (trainer * values).sum())
 
 
 # -- the policy's loss ------------------------------------------------------------------------------------------------

@@ -35,7 +35,9 @@ class SlowPpo:
         self.models["reference"] = load_causal_lm(config)
         for role in ("reward", "value"):
             self.heads[role] = torch.nn.Parameter(trainer.base.heads[role].weight.detach().clone())
-        self.parameters = [p for r in ("policy", "value") for p in self.models[r].parameters() if p.requires_grad]
+        self.value_role = "policy" if config.ppo.value_model == "head" else "value"
+        trained = dict.fromkeys(("policy", self.value_role))
+        self.parameters = [p for r in trained for p in self.models[r].parameters() if p.requires_grad]
         self.parameters.append(self.heads["value"])
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
@@ -52,8 +54,8 @@ class SlowPpo:
         return torch.stack([all_logprobs[len(prompt) - 1 + t, token] for t, token in enumerate(answer)])
 
     def values(self, prompt, answer):
-        states, _ = self.states("value", prompt + answer)
-        shift = self.scale.mean / self.scale.std
+        states, _ = self.states(self.value_role, prompt + answer)
+        shift = self.scale.mean / self.scale.std if self.value_role == "value" else 0.0
         return (
             torch.stack([states[len(prompt) - 1 + t] @ self.heads["value"][0] for t in range(len(answer) + 1)]) - shift
         )
@@ -118,11 +120,19 @@ class SlowPpo:
                 p.sub_(rate * m_hat / (v_hat.sqrt() + 1e-5))
 
 
-MIXED = {"mixed_adapter_scoring": True, "expand_weights": False}
-CHECKPOINTING = {"gradient_checkpointing": True}
+FAST_PATHS = {
+    "default": {"expand_weights": True},
+    "4-bit throughout": {"expand_weights": False, "sampler_correction": None},
+    "mixed": {"mixed_adapter_scoring": True, "expand_weights": False},
+    "mixed from a copy": {"mixed_adapter_scoring": True, "expand_weights": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "small batches": {"rollout_batch_size": 2, "scoring_batch_size": 4, "micro_batch_size": 1},
+    "value head": {"value_model": "head"},
+    "value head, checkpointing": {"value_model": "head", "gradient_checkpointing": True, "expand_weights": False},
+}
 
 
-@pytest.mark.parametrize("fast_paths", [{}, MIXED, CHECKPOINTING], ids=["default", "mixed", "checkpointing"])
+@pytest.mark.parametrize("fast_paths", FAST_PATHS.values(), ids=FAST_PATHS.keys())
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "upper layer"])
 def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer, tmp_path, fast_paths, layers):
     settings = {

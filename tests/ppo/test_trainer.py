@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from trainer_cases import MakeTrainer, same, text_length, watch, weights
 
+from lora_rlhf.base.adapters import read_adapter
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.errors import UserError
 from lora_rlhf.ppo import trainer as trainer_module
 from lora_rlhf.ppo.losses import AdaptiveKl
 from lora_rlhf.ppo.rollout import Rollout
-from lora_rlhf.ppo.scoring import answers_of, scored_rollout
 from lora_rlhf.ppo.trainer import PpoTrainer, learning_rate_share
 from lora_rlhf.reward.sources import ScoreScale
 
@@ -23,10 +24,7 @@ from lora_rlhf.reward.sources import ScoreScale
 def rolled_and_scored(trainer: PpoTrainer, count: int = 6) -> tuple[Rollout, Any]:
     chosen = trainer._next_prompts(count)
     rollout = trainer._rollout(POLICY, chosen)
-    answers = answers_of(rollout, *trainer._prompts_and_columns(chosen))
-    return rollout, scored_rollout(
-        trainer.base, rollout, trainer.reward, answers, trainer.settings, trainer.value_offset
-    )
+    return rollout, trainer._scored(rollout, chosen)
 
 
 # -- scores and targets -----------------------------------------------------------------------------------------------
@@ -110,12 +108,56 @@ def test_the_value_role_starts_as_the_reward_role_with_its_head_at_the_normalise
     assert trainer.normalization()["value_offset"] == trainer.value_offset != 0.0
 
 
+def test_a_value_head_reads_the_policys_states_and_starts_at_0(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(value_model="head")
+    assert VALUE not in trainer.base.configs and len(trainer.parameters[VALUE]) == 1
+    rollout, scored = rolled_and_scored(trainer)
+    assert (scored.values == 0).all()
+    states = trainer.base.hidden(POLICY, rollout.ids, rollout.mask).detach()
+    with torch.no_grad():
+        trainer.base.heads[VALUE].weight.copy_(torch.linspace(-1, 1, states.shape[-1]))  # type: ignore[operator]
+    scored = trainer._scored(rollout, [0] * 6)
+    last = rollout.action_mask.sum(1)
+    for i, (end, row) in enumerate(zip(last.tolist(), states, strict=True)):
+        start = rollout.query_ids.shape[1] - 1
+        expected = row[start : start + end + 1] @ trainer.base.heads[VALUE].weight[0]  # type: ignore[operator]
+        torch.testing.assert_close(scored.values[i, : end + 1], expected.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_value_head_warms_up_without_the_policy_and_is_saved_with_its_adapter(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer(value_model="head", value_warmup_steps=1)
+    for step in range(2):
+        policy, value = weights(trainer, POLICY), weights(trainer, VALUE)
+        trainer.step()
+        assert same(policy, weights(trainer, POLICY)) == (step == 0)
+        assert not same(value, weights(trainer, VALUE))
+    trainer.base.save_adapter(VALUE, tmp_path / "value")
+    _, saved, head = read_adapter(tmp_path / "value", trainer.base.identity)
+    assert head is not None and torch.equal(head, trainer.base.heads[VALUE].weight)  # type: ignore[arg-type]
+    assert sum(w.sum().item() for w in saved.values()) == pytest.approx(
+        sum(w.sum().item() for w in weights(trainer, POLICY)), abs=1e-3
+    )
+
+
 def test_without_a_reward_adapter_the_value_starts_at_0(make_trainer: MakeTrainer) -> None:
     _, scored = rolled_and_scored(make_trainer(text_length))
     assert (scored.values == 0).all()
 
 
 # -- the update -------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_that_the_sampler_found_rarer_count_for_more_up_to_the_cap(make_trainer: MakeTrainer) -> None:
+    losses = []
+    for cap, factor in ((2.0, 1.0), (None, 2.0), (None, 1.0)):
+        trainer = make_trainer(sampler_correction=cap, num_ppo_epochs=1)
+        rollout, scored = rolled_and_scored(trainer)
+        rollout.sampled_logprobs = scored.logprobs - 1.1  # e^1.1 = 3.0 times as likely for the trainer: capped at 2
+        advantages = factor * torch.linspace(-1, 2, scored.logprobs.numel()).view_as(scored.logprobs)
+        losses.append(trainer.update(rollout, scored, advantages, scored.values)["policy_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] == pytest.approx(2 * losses[2], rel=1e-5)
 
 
 def test_old_and_new_policy_agree_in_the_first_minibatch(make_trainer: MakeTrainer) -> None:
