@@ -21,6 +21,7 @@ class FrozenLinear:
         self.layer, self.dtype = layer, dtype
         self.stock = layer.forward
         self.copy: torch.Tensor | None = None
+        self.packed: torch.Tensor | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -34,6 +35,9 @@ class FrozenLinear:
     def product(self, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float] | None) -> torch.Tensor:
         """Return `lora_linear` of this layer; without gradient, bitsandbytes' own 4-bit product where there is one."""
         x = x.to(self.dtype)
+        if self.packed is not None:
+            bias = None if self.layer.bias is None else self.layer.bias.to(self.dtype)
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
         if self.copy is None and not torch.is_grad_enabled() and self.is_quantized:
             y = self.stock(x)
             if adapter is not None:
@@ -106,6 +110,11 @@ class RoleLayers:
         sizes = (f.layer.in_features * f.layer.out_features for f in self.frozen.values() if f.is_quantized)
         return sum(sizes) * self.dtype.itemsize
 
+    def _can_pack(self) -> bool:
+        """Return whether oneDNN can hold a copy in the order its products read it: a third faster for few rows."""
+        op = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+        return self.device.type == "cpu" and self.dtype == torch.bfloat16 and op is not None and mkldnn_has_bfloat16()
+
     def has_room_for_copy(self) -> bool:
         """Return whether free memory is at least twice what a working copy takes."""
         if self.device.type == "cuda":
@@ -122,23 +131,33 @@ class RoleLayers:
         roles = {id(r.frozen): r for r in self.adapted.values()}
         wanted = [f for f in self.frozen.values() if f.is_quantized or (folded_role and id(f) in roles)]
         sizes = [f.layer.in_features * f.layer.out_features for f in wanted]
+        pack = folded_role is not None and self._can_pack()
         # one block of memory, which the system gets back whole
-        memory = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+        memory = torch.empty(0 if pack else sum(sizes), dtype=self.dtype, device=self.device)
+        rooms = [memory] * len(wanted) if pack else memory.split(sizes)
         try:
-            for frozen, room in zip(wanted, memory.split(sizes), strict=True):
+            for frozen, room in zip(wanted, rooms, strict=True):
                 weight, role = frozen.weight(), roles.get(id(frozen))
                 if folded_role and role and (adapter := role.adapter(folded_role)):
                     a, b, scaling = adapter
                     weight = torch.addmm(weight.float(), b.detach(), a.detach(), alpha=scaling)
-                frozen.copy = room.view(weight.shape).copy_(weight)
+                if pack:
+                    frozen.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype))
+                else:
+                    frozen.copy = room.view(weight.shape).copy_(weight)
             for role in self.adapted.values():
                 role.folded = folded_role is not None
             yield
         finally:
             for frozen in wanted:
-                frozen.copy = None
+                frozen.copy = frozen.packed = None
             for role in self.adapted.values():
                 role.folded = False
+
+
+def mkldnn_has_bfloat16() -> bool:
+    """Return whether oneDNN has bfloat16 products for this processor."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def dequantized_weight(layer: Any) -> torch.Tensor:

@@ -114,3 +114,20 @@ def test_room_is_asked_of_the_system(make_base: MakeBase, monkeypatch: pytest.Mo
     assert isinstance(layers, RoleLayers) and layers.has_room_for_copy()
     free = layers.copy_bytes()
     assert not layers.has_room_for_copy()
+
+
+def test_a_packed_copy_gives_what_a_plain_one_gives(
+    make_base: MakeBase, make_config: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(make_config(dtype="bfloat16"))
+    if not base.layers._can_pack():
+        pytest.skip("oneDNN has no bfloat16 here")
+    ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(1))
+    found = []
+    for _ in range(2):
+        with base.expanded(POLICY), torch.no_grad():
+            assert all((f.packed is None) == bool(found) for f in base.layers.frozen.values())
+            found.append(base.hidden(POLICY, ids, torch.ones_like(ids, dtype=torch.bool)))
+        monkeypatch.setattr(base.layers, "_can_pack", lambda: False)
+    torch.testing.assert_close(found[0].float(), found[1].float(), rtol=0.02, atol=0.05)
+    assert all(f.packed is None and f.copy is None for f in base.layers.frozen.values())
