@@ -90,7 +90,9 @@ class PpoSettings:
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm, over policy and value together.")
     response_length: int = setting(128, "Most tokens sampled per answer.")
     temperature: float = setting(1.0, "Divides the logits in sampling and in every log-probability alike.")
-    stop_strings: list[str] = setting([], "An answer ends before the first of these, besides at EOS.")
+    stop_strings: list[str] = setting(
+        [], "An answer ends before the first of these, besides at EOS. A line break in bash: $'\\n\\nHuman:'."
+    )
     missing_eos_penalty: float = setting(1.0, "Taken off the normalised score of an answer that does not end.")
     kl_coef: float = setting(0.05, "Weight of the KL penalty in each token's reward (its start value if adaptive).")
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k1", "Per-token KL estimate: k1 = -log r, k2, or k3.")

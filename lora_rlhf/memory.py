@@ -40,7 +40,8 @@ def usable_bytes(gpu_gib: float | None = None) -> tuple[float, bool]:
         gpu_gib = fraction * torch.cuda.get_device_properties(device()).total_memory / GIB
     if gpu_gib is not None:
         return USABLE * gpu_gib * GIB - CONTEXT_BYTES, True
-    return float(psutil.virtual_memory().available), False
+    own = psutil.Process().memory_info().rss  # the plans count this process too
+    return float(psutil.virtual_memory().available + own), False
 
 
 def memory_table(plans: list[StagePlan], usable: float) -> Table:
@@ -73,7 +74,8 @@ def advice(config: RunConfig, plans: list[StagePlan], usable: float, on_cuda: bo
 def check_memory(config: RunConfig) -> None:
     """Raise `UserError` where a run cannot fit on this machine, before anything is loaded."""
     usable, on_cuda = usable_bytes()
-    plans = peaks(with_checkpointing_decided(config), model_shape(config), on_cuda, usable)
+    config = with_checkpointing_decided(config)
+    plans = peaks(config, model_shape(config), on_cuda, usable)
     if wrong := advice(config, plans, usable, on_cuda):
         raise UserError(f"memory: {wrong}. python -m lora_rlhf.memory shows all of it")
 
@@ -83,7 +85,9 @@ def with_checkpointing_decided(config: RunConfig, gpu_gib: float | None = None) 
     if config.ppo.gradient_checkpointing is not None:
         return config
     usable, on_cuda = usable_bytes(gpu_gib)
-    without = replace(config, ppo=replace(config.ppo, gradient_checkpointing=False))
+    # where the copy is a free choice, it goes before time is spent on recomputing
+    copied = config.ppo.expand_weights if config.ppo.expand_weights is not None else False
+    without = replace(config, ppo=replace(config.ppo, gradient_checkpointing=False, expand_weights=copied))
     update = next(p for p in peaks(without, model_shape(config), on_cuda, usable) if p.name == "ppo: update")
     return replace(config, ppo=replace(config.ppo, gradient_checkpointing=update.total > usable))
 
@@ -97,6 +101,8 @@ def main() -> None:
     given, rest = parser.parse_known_args()
     if given.gpu_gib is not None and not given.gpu_gib > 0:
         raise UserError(f"--gpu-gib is above 0, not {given.gpu_gib}")
+    if not any(word.split("=")[0] in ("--config", "--model_name_or_path") for word in rest):
+        raise UserError("--config FILE is needed, or --model_name_or_path NAME: which run is it about?")
     config = with_checkpointing_decided(config_from_command_line(__doc__, rest), given.gpu_gib)
     usable, on_cuda = usable_bytes(given.gpu_gib)
     plans = peaks(config, model_shape(config), on_cuda, usable)

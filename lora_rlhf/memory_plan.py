@@ -7,7 +7,7 @@ goes at the fullest moment (keys and values, activations, logits). Lengths are t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -150,18 +150,40 @@ class Planner:
         return 1.0 if self.on_cuda else HEAP_SHARE
 
     def stages(self) -> list[StagePlan]:
-        """Return the peaks, in the order of the stages."""
+        """Return the peaks, in the order of the stages; of those that the run has."""
         c = self.config
-        plans = [self._supervised("reward", c.reward, 2, 0)]
+        plans: list[StagePlan] = []
+        if not c.ppo.reward_sources or any(not entry.get("path") for entry in c.ppo.reward_sources):
+            plans.append(self._supervised("reward", c.reward, 2, 0))
         if c.instruct_model_name_or_path is None:
             plans.append(self._supervised("instruct", c.sft, 1, self.shape.vocabulary))
-        return [*plans, *self.ppo_stages()]
+        plans += self.ppo_stages()
+        if not self.on_cuda:  # merging happens in main memory
+            merged = (self.shape.body + self.shape.other + self.shape.body) * self.width
+            standing = self._standing(adapters=1, trained=0, optim="adam", expand=False)
+            plans.append(StagePlan("merge", standing | {"16-bit weights": merged}))
+        if c.instruct_model_name_or_path is not None:  # the Instruct model beside the base, in 4 bits too
+            rollout = next(plan for plan in plans if plan.name == "ppo: rollout").parts
+            plans.append(StagePlan("compare", rollout | {"weights": 2 * rollout["weights"], "optimizer": 0.0}))
+        return plans
+
+    def standing_bytes(self) -> float:
+        """Return what stands throughout PPO, without a working copy."""
+        adapters = 2 if self.config.ppo.value_model == "head" else 3
+        parts = self._standing(adapters, self._trained(), self.config.ppo.optim, expand=False)
+        return sum(parts.values())
+
+    def copy_bytes(self) -> float:
+        """Return what a working copy takes: of every layer in 4 bits, else of the adapted ones."""
+        copied = [one for one in self.shape.linears if self.config.load_in_4bit or self._adapted(one)]
+        return sum(one.inputs * one.outputs for one in copied) * self.width
 
     def ppo_stages(self) -> list[StagePlan]:
         """Return the peaks of the three parts of a PPO step."""
         c, s = self.config, self.config.ppo
         longest = c.max_prompt_length + s.response_length
-        standing = self._standing(adapters=2 if s.value_model == "head" else 3, trained=self._trained(), optim=s.optim)
+        adapters = 2 if s.value_model == "head" else 3
+        standing = self._standing(adapters, self._trained(), s.optim, self.expand)
         decoded = min(s.rollout_batch_size or s.batch_size, s.batch_size)
         scored = min(s.scoring_batch_size, s.batch_size)
         micro = min(s.micro_batch_size, s.batch_size // s.num_mini_batches)
@@ -192,20 +214,21 @@ class Planner:
         """Return the peak of a TRL stage; `answers` rows per example, and logits over `vocabulary` for each token."""
         rows = answers * settings.per_device_train_batch_size
         adapter = self.adapter_parameters()
-        parts = self._standing(adapters=1, trained=adapter, optim="adam") | {"gradients": 4 * adapter}
+        parts = self._standing(1, adapter, "adam", self.expand and self.config.load_in_4bit)
+        parts["gradients"] = 4 * adapter
         parts["activations"] = self._kept(rows, self.config.max_length, settings.gradient_checkpointing)
         if vocabulary:
             parts["logits"] = rows * self.config.max_length * vocabulary * (2 * self.width + 8)
         return StagePlan(name, parts)
 
-    def _standing(self, adapters: int, trained: float, optim: str) -> dict[str, float]:
+    def _standing(self, adapters: int, trained: float, optim: str, expand: bool) -> dict[str, float]:
         per_weight = NF4_BYTES if self.config.load_in_4bit else self.width
         parts: dict[str, float] = {} if self.on_cuda else {"process": PROCESS_BYTES}
         parts["weights"] = self.shape.body * per_weight + self.shape.other * self.width
         parts["adapters"] = 4 * adapters * self.adapter_parameters()
         parts["optimizer"] = ADAM_BYTES[optim] * trained
-        if self.expand:
-            parts["working copy"] = self.shape.body * self.width
+        if expand:
+            parts["working copy"] = self.copy_bytes()
         return parts
 
     def adapter_parameters(self) -> int:
@@ -257,12 +280,11 @@ class Planner:
 
 
 def expands(config: RunConfig, shape: ModelShape, on_cuda: bool, free: float) -> bool:
-    """Return whether a run with `free` bytes will hold a working copy, as RoleLayers.has_room_for_copy decides."""
-    if not config.load_in_4bit or config.ppo.expand_weights is not None:
-        return bool(config.ppo.expand_weights) and config.load_in_4bit
+    """Return whether a run with `free` bytes will hold a working copy, as RoleLayers.expands decides."""
+    if config.ppo.expand_weights is not None:
+        return config.ppo.expand_weights
     without = Planner(config, shape, on_cuda, expand=False)
-    standing = without._standing(3, without._trained(), config.ppo.optim)
-    return free - sum(standing.values()) > 2 * shape.body * without.width
+    return free - without.standing_bytes() > 2 * without.copy_bytes()
 
 
 def peaks(config: RunConfig, shape: ModelShape, on_cuda: bool, free: float) -> list[StagePlan]:
@@ -273,66 +295,72 @@ def peaks(config: RunConfig, shape: ModelShape, on_cuda: bool, free: float) -> l
 Change = tuple[str, Any]
 """A dotted field and its new value."""
 
+MOST_CHANGES = 64
+"""Settings are halved at most so often, which no card needs."""
+
 
 def fitting_changes(config: RunConfig, shape: ModelShape, on_cuda: bool, free: float) -> list[Change] | None:
     """Return changes of settings, cheapest first, after which every stage fits into `free` bytes; none if nothing does.
 
-    The result of training stays the same: only what trades time for memory is changed, and last the lengths.
+    The result of training stays the same: only what trades time for memory is changed. The lengths, which do change
+    it, come last.
     """
     changes: dict[str, Any] = {}
-    for change in _ladder(config):
-        if max(plan.total for plan in peaks(config, shape, on_cuda, free)) <= free:
-            return list(changes.items())
+    for _ in range(MOST_CHANGES):
         tight = max(peaks(config, shape, on_cuda, free), key=lambda plan: plan.total)
-        for name, value in change(config, tight.name):
-            config, changes[name] = _with(config, name, value), value
-    fits = max(plan.total for plan in peaks(config, shape, on_cuda, free)) <= free
-    return list(changes.items()) if fits else None
+        if tight.total <= free:
+            return list(changes.items())
+        copied = expands(config, shape, on_cuda, free)
+        step = next((step for step in _steps(config, tight.name, on_cuda, copied) if step), [])
+        if not step:
+            return None
+        for name, value in step:
+            config, changes[name] = changed(config, name, value), value
+    return None
 
 
-def _ladder(config: RunConfig) -> Iterator[Callable[[RunConfig, str], list[Change]]]:
-    yield lambda c, _: [("ppo.expand_weights", False)] if c.ppo.expand_weights else []
-    steps = 8
-    for _ in range(steps):
-        yield _smaller_batch
-    yield lambda c, _: [
-        (f"{section}.gradient_checkpointing", True)
-        for section in ("reward", "sft", "ppo")
-        if not getattr(c, section).gradient_checkpointing
-    ]
-    yield lambda c, _: [("ppo.optim", "paged_adam_8bit")] if c.ppo.optim == "adam" else []
-    for _ in range(2):
-        yield lambda c, _: [
-            ("max_length", max(64, c.max_length // 2)),
-            ("max_prompt_length", max(32, c.max_prompt_length // 2)),
-            ("ppo.response_length", max(32, c.ppo.response_length // 2)),
-        ]
+def _steps(config: RunConfig, stage: str, on_cuda: bool, copied: bool) -> Iterator[list[Change]]:
+    """Yield what could be done for the tightest stage, the cheapest first; an empty list where it is done already."""
+    s = config.ppo
+    section = {"reward": "reward", "instruct": "sft", "ppo: update": "ppo"}.get(stage)
+    yield [("ppo.expand_weights", False)] if copied else []
+    yield _smaller_batch(config, stage, least=2)
+    if section and not getattr(config, section).gradient_checkpointing:
+        yield [(f"{section}.gradient_checkpointing", True)]
+    yield _smaller_batch(config, stage, least=1)
+    yield [("ppo.optim", "paged_adam_8bit")] if on_cuda and stage.startswith("ppo") and s.optim == "adam" else []
+    yield [("ppo.response_length", s.response_length // 2)] if s.response_length >= 64 else []
+    yield [("max_prompt_length", config.max_prompt_length // 2)] if config.max_prompt_length >= 64 else []
+    yield [("max_length", config.max_length // 2)] if config.max_length >= 128 else []
 
 
-def _smaller_batch(config: RunConfig, stage: str) -> list[Change]:
-    """Return the batch of the tightest stage halved, with more gradient accumulation where the result needs it."""
+def _smaller_batch(config: RunConfig, stage: str, least: int) -> list[Change]:
+    """Return about half the batch of a stage; gradient accumulation makes up for it where the result needs it."""
     s = config.ppo
     if stage in ("reward", "instruct"):
         section = "sft" if stage == "instruct" else "reward"
         settings = getattr(config, section)
         size = settings.per_device_train_batch_size
-        if size == 1:
+        together = size * settings.gradient_accumulation_steps
+        smaller = next((n for n in range(size // 2, least - 1, -1) if together % n == 0), None)
+        if smaller is None:
             return []
-        half = size // 2
-        accumulated = settings.gradient_accumulation_steps * size // half
         return [
-            (f"{section}.per_device_train_batch_size", half),
-            (f"{section}.gradient_accumulation_steps", accumulated),
+            (f"{section}.per_device_train_batch_size", smaller),
+            (f"{section}.gradient_accumulation_steps", together // smaller),
         ]
-    field_name, size = {
-        "ppo: rollout": ("rollout_batch_size", s.rollout_batch_size or s.batch_size),
+    sizes = {
+        "ppo: rollout": ("rollout_batch_size", min(s.rollout_batch_size or s.batch_size, s.batch_size)),
         "ppo: score": ("scoring_batch_size", min(s.scoring_batch_size, s.batch_size)),
         "ppo: update": ("micro_batch_size", min(s.micro_batch_size, s.batch_size // s.num_mini_batches)),
-    }[stage]
-    return [(f"ppo.{field_name}", size // 2)] if size > 1 else []
+        "compare": ("rollout_batch_size", min(s.rollout_batch_size or s.batch_size, s.batch_size)),
+    }
+    name, size = sizes.get(stage, ("", 1))
+    return [(f"ppo.{name}", size // 2)] if size // 2 >= least else []
 
 
-def _with(config: RunConfig, name: str, value: Any) -> RunConfig:
+def changed(config: RunConfig, name: str, value: Any) -> RunConfig:
+    """Return `config` with another value of a dotted field."""
     section, _, leaf = name.rpartition(".")
     if not section:
         return replace(config, **{leaf: value})

@@ -41,6 +41,7 @@ class Session:
     tokenizer: Any
     base: SharedBase | None = None
     _pairs: dict[Split, list[PreferencePair]] = field(default_factory=dict)
+    _memory_checked: bool = False
 
     @classmethod
     def open(cls, config: RunConfig) -> Session:
@@ -72,6 +73,12 @@ class Session:
             self.base = SharedBase(load_causal_lm(self.config), lora_config(self.config.lora), dtype)
         return self.base
 
+    def check_memory(self) -> None:
+        """Refuse, once, a run that this machine has no memory for; before an hour is spent on it."""
+        if not self._memory_checked:
+            check_memory(self.config)
+            self._memory_checked = True
+
     def free_base(self) -> None:
         """Let the base go, for a stage that loads its own."""
         self.base = None
@@ -85,7 +92,7 @@ def base_stage(session: Session) -> None:
         note("  done before")
         return
     with session.run.stage("base"):
-        check_memory(session.config)
+        session.check_memory()
         for split in ("train", "test"):
             session.pairs(split)
         model = session.shared_base().causal_lm
@@ -105,9 +112,11 @@ def reward_stage(session: Session) -> None:
         note(f"  done before: accuracy {run.summary['reward_model']['accuracy']:.3f}")
         return
     with run.stage("reward") as results:
+        session.check_memory()
         train, test = session.pairs("train"), session.pairs("test")
         session.free_base()
         train_reward_adapter(config, session.tokenizer, train, run / "reward_adapter")
+        session.free_base()  # TRL's model is in cycles: it goes when garbage is collected
         base = session.shared_base()
         base.load_adapter(REWARD, run / "reward_adapter")
         results["reward_model"] = reward_accuracy(base, session.tokenizer, test, config.ppo.scoring_batch_size)
@@ -130,6 +139,7 @@ def instruct_stage(session: Session) -> None:
         note("  done before")
         return
     with run.stage("instruct"):
+        session.check_memory()
         train = session.pairs("train")
         session.free_base()
         train_instruct_adapter(config, session.tokenizer, train, run / "instruct_adapter")
@@ -145,6 +155,7 @@ def ppo_stage(session: Session) -> None:
     if _uses_own_reward(config):
         run.needed("reward_adapter/adapter_model.safetensors", "reward")
     with run.stage("ppo") as results:
+        session.check_memory()
         train = session.pairs("train")
         session.free_base()
         base = session.shared_base()

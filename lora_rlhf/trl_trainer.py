@@ -46,7 +46,7 @@ def on_one_device(arguments: Any) -> Any:
     return arguments
 
 
-def trl_run(trainer: Any, name: str, dtype: torch.dtype) -> None:
+def trl_run(trainer: Any, name: str, config: RunConfig) -> None:
     """Train with a progress bar, in lean layers, after undoing TRL's cast of QLoRA adapters to bfloat16.
 
     At the learning rates of LoRA, Adam's updates are lost in bfloat16's 8 bits of mantissa.
@@ -59,8 +59,9 @@ def trl_run(trainer: Any, name: str, dtype: torch.dtype) -> None:
             if type(listed).__name__ == callback:
                 trainer.remove_callback(listed)
     use_grouped_attention(trainer.model.get_base_model())
-    layers = RoleLayers(trainer.model, lambda: "default", dtype)
-    held = layers.working_copy() if layers.has_room_for_copy() else contextlib.nullcontext()
+    layers = RoleLayers(trainer.model, lambda: "default", getattr(torch, config.dtype))
+    wanted = config.ppo.expand_weights
+    held = layers.working_copy() if layers.expands(wanted) else contextlib.nullcontext()
     with held, progress(f"{name}: optimizer steps", 0) as report:
         trainer.add_callback(_Bar(report, name))
         trainer.train()

@@ -16,6 +16,8 @@ from lora_rlhf.config import LoraSettings
 from lora_rlhf.errors import UserError
 
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
+MORE_THAN_LORA = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "megatron_config")
+"""Fields of PEFT's config under which a layer computes more than x Wᵀ + s · (x Aᵀ) Bᵀ."""
 HEAD_KEY = "base_model.model.score.weight"
 
 
@@ -72,6 +74,8 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[LoraConfig, dict[s
         raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if raw.get("peft_type") != "LORA":
             raise UserError(f"{folder}: only LoRA adapters can share the base, not {raw.get('peft_type')}")
+        if other := [name for name in MORE_THAN_LORA if raw.get(name)]:
+            raise UserError(f"{folder}: only plain LoRA can share the base; this adapter has {', '.join(other)}")
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
     except UserError:

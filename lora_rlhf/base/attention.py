@@ -9,6 +9,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+PLAIN_MODELS = ("llama", "mistral", "qwen2")
+"""Model types with plain attention, whose trunk is embeddings, layers and norm with nothing in between."""
 GROUPED = "lora_rlhf_grouped"
 """Name under which transformers finds this attention."""
 
@@ -42,7 +44,7 @@ def grouped_attention(
         scores = scores + attention_mask[:, :, None]
     probs = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     mixed = probs.view(batch, shared, heads // shared * queries, -1) @ value
-    return mixed.view(batch, heads, queries, width).transpose(1, 2), None
+    return mixed.view(batch, heads, queries, -1).transpose(1, 2), None
 
 
 def use_grouped_attention(model: Any) -> None:
@@ -50,7 +52,8 @@ def use_grouped_attention(model: Any) -> None:
 
     On CPUs the fused one repeats keys and values for grouped queries where there is a mask, and its backward is slow.
     """
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    known = model.config.model_type in PLAIN_MODELS  # others may cap or sink their scores
+    if known and model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(GROUPED, grouped_attention)
         AttentionMaskInterface.register(GROUPED, eager_mask)
         model.set_attn_implementation(GROUPED)

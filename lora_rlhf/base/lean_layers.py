@@ -144,9 +144,13 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def make_norms_and_mlps_lean(trunk: nn.Module) -> None:
-    """Give the norms and gated MLPs of a frozen transformers model the functions above; others stay as they are."""
+    """Give the norms and gated MLPs of a frozen transformers model the functions above.
+
+    Others stay as they are, and so do classes whose forward somebody else has replaced (unsloth does).
+    """
     for module in trunk.modules():
-        kind = type(module).__name__ if type(module).__module__.startswith("transformers.") else ""
+        theirs = type(module).forward.__module__.startswith("transformers.")
+        kind = type(module).__name__ if theirs else ""
         if kind in NORMS:
             module.forward = _norm_forward(module)
         elif kind in GATED_MLPS and isinstance(module.act_fn, nn.SiLU | type(_silu())):

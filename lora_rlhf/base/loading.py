@@ -13,6 +13,7 @@ import httpx
 import torch
 from safetensors import SafetensorError
 
+from lora_rlhf.base.backend_check import reads_as_it_decodes
 from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
 from lora_rlhf.data.chat import set_chat_template
@@ -168,7 +169,13 @@ def _load_with_unsloth(source: str, revision: str | None, config: RunConfig) -> 
             trust_remote_code=False,
             use_exact_model_name=True,
         )
-    return _checked(model, config, source).eval()
+    model = _checked(model, config, source).eval()
+    if not reads_as_it_decodes(model):
+        raise UserError(
+            "backend: this version of unsloth decodes otherwise than it reads, or looks ahead where no mask is given, "
+            "so that PPO would learn from wrong numbers; set backend: transformers"
+        )
+    return model
 
 
 def _checked(model: Any, config: RunConfig, source: str) -> Any:

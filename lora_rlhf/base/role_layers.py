@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -94,7 +94,9 @@ class RoleLayers:
 
     def refresh(self) -> None:
         """Take in layers that were adapted since."""
-        wrapped = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        wrapped = [
+            m for m in self.model.modules() if isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Linear)
+        ]
         inner = {id(layer.get_base_layer()) for layer in wrapped}
         for module in self.model.modules():
             quantized = getattr(getattr(module, "weight", None), "quant_state", None) is not None
@@ -106,20 +108,28 @@ class RoleLayers:
                 self.adapted[layer] = layer.forward = role
 
     def copy_bytes(self) -> int:
-        """Return what a working copy takes."""
-        sizes = (f.layer.in_features * f.layer.out_features for f in self.frozen.values() if f.is_quantized)
-        return sum(sizes) * self.dtype.itemsize
+        """Return what a working copy takes, at most: one with a role folded in."""
+        return sum(f.layer.in_features * f.layer.out_features for f in self.frozen.values()) * self.dtype.itemsize
 
     def _can_pack(self) -> bool:
         """Return whether oneDNN can hold a copy in the order its products read it: a third faster for few rows."""
         op = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
         return self.device.type == "cpu" and self.dtype == torch.bfloat16 and op is not None and mkldnn_has_bfloat16()
 
+    def expands(self, wanted: bool | None) -> bool:
+        """Return whether to hold a working copy: as wanted, and where that is left open, if memory has room."""
+        return self.has_room_for_copy() if wanted is None else wanted
+
     def has_room_for_copy(self) -> bool:
         """Return whether free memory is at least twice what a working copy takes."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0] > 2 * self.copy_bytes()
         return psutil.virtual_memory().available > 2 * self.copy_bytes()
+
+    def give_up_copy(self) -> None:
+        """Go back to the layers' own weights; not while a role is folded in."""
+        for frozen in self.frozen.values():
+            frozen.copy = frozen.packed = None
 
     @contextlib.contextmanager
     def working_copy(self, folded_role: str | None = None) -> Iterator[None]:
@@ -134,7 +144,8 @@ class RoleLayers:
         pack = folded_role is not None and self._can_pack()
         # one block of memory, which the system gets back whole
         memory = torch.empty(0 if pack else sum(sizes), dtype=self.dtype, device=self.device)
-        rooms = [memory] * len(wanted) if pack else memory.split(sizes)
+        rooms: Sequence[torch.Tensor] = [memory] * len(wanted) if pack else memory.split(sizes)
+        del memory  # the copies alone hold it, so that `give_up_copy` frees it
         try:
             for frozen, room in zip(wanted, rooms, strict=True):
                 weight, role = frozen.weight(), roles.get(id(frozen))
@@ -149,8 +160,7 @@ class RoleLayers:
                 role.folded = folded_role is not None
             yield
         finally:
-            for frozen in wanted:
-                frozen.copy = frozen.packed = None
+            self.give_up_copy()
             for role in self.adapted.values():
                 role.folded = False
 

@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
-from lora_rlhf.base.attention import use_grouped_attention
+from lora_rlhf.base.attention import PLAIN_MODELS, use_grouped_attention
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
 from lora_rlhf.base.role_layers import RoleLayers
 from lora_rlhf.base.token_logprobs import token_logprobs
@@ -24,8 +24,6 @@ from lora_rlhf.errors import UserError
 REFERENCE, POLICY, REWARD, VALUE, INSTRUCT = "reference", "policy", "reward", "value", "instruct"
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models whose logits are not just LM head times state."""
-TWO_PART_MODELS = ("llama", "mistral", "qwen2")
-"""Model types whose trunk is embeddings, layers and norm, with nothing in between."""
 MIXED_BASE = "__base__"
 """PEFT's name, in a mixed-adapter batch, for rows that use no adapter."""
 
@@ -284,7 +282,7 @@ class SharedBase:
 
     def _lowest_adapted_layer(self) -> int:
         kinds = set(getattr(self.trunk.config, "layer_types", None) or ["full_attention"])
-        if self.trunk.config.model_type not in TWO_PART_MODELS or len(kinds) > 1:
+        if self.trunk.config.model_type not in PLAIN_MODELS or len(kinds) > 1:
             return 0  # layers of several kinds are told apart by their number, which would change
         found = [re.search(r"\.layers\.(\d+)\.", n) for n, _ in self.model.named_parameters() if "lora_" in n]
         return min((int(match[1]) if match else 0) for match in found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -16,9 +17,15 @@ Result = TypeVar("Result")
 
 
 class BatchSizes:
-    """The three batch sizes of a PPO step, by the names of their settings."""
+    """The three batch sizes of a PPO step, by the names of their settings.
 
-    def __init__(self, settings: PpoSettings) -> None:
+    Args:
+        settings: where they start.
+        relief: frees memory that the run can do without, and returns whether there was any; it is asked first.
+    """
+
+    def __init__(self, settings: PpoSettings, relief: Callable[[], bool] = lambda: False) -> None:
+        self.relief = relief
         self.sizes = {
             "rollout_batch_size": min(settings.rollout_batch_size or settings.batch_size, settings.batch_size),
             "scoring_batch_size": min(settings.scoring_batch_size, settings.batch_size),
@@ -37,17 +44,31 @@ class BatchSizes:
         """
         while True:
             size = self.sizes[name]
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError, CpuOutOfMemory), _cpu_errors_named():
                 return work(size)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                    raise
-                if size == 1:
-                    raise UserError(
-                        f"out of memory with ppo.{name} 1; `python -m lora_rlhf.memory` shows what takes it, "
-                        "and what to change"
-                    ) from error
-            # out here the traceback no longer holds what was computed
-            self.sizes[name] = size // 2
+            # out here no traceback holds what was computed
+            if self.relief():
+                note("  out of memory: from here on without the 16-bit working copy, which is slower")
+            elif size == 1:
+                raise UserError(
+                    f"out of memory with ppo.{name} 1; `python -m lora_rlhf.memory` shows what takes it, "
+                    "and what to change"
+                )
+            else:
+                self.sizes[name] = size // 2
+                note(f"  out of memory: from here on ppo.{name} is {size // 2}; the step is the same")
             return_freed_memory()
-            note(f"  out of memory: ppo.{name} is {size // 2} from here on, and the step goes on with the same numbers")
+
+
+class CpuOutOfMemory(Exception):
+    """Main memory ran out; torch has no class of its own for that."""
+
+
+@contextlib.contextmanager
+def _cpu_errors_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise CpuOutOfMemory from None

@@ -94,7 +94,7 @@ def sampled_answers(
 
     Each prompt draws its own random numbers up front, so that its answer does not depend on when others end.
     """
-    expand = base.layers.has_room_for_copy() if sampling.expand_weights is None else sampling.expand_weights
+    expand = base.layers.expands(sampling.expand_weights)
     with base.expanded(role) if expand else base.role(role):
         return model_answers(
             base.trunk,

@@ -22,19 +22,21 @@ class _RoomyLayer(DynamicLayer):
         """Write behind what is there; return views of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffers = key_states.new_empty((2, *key_states.shape[:2], self.room, key_states.shape[3]))
+            self.buffers = [t.new_empty((*t.shape[:2], self.room, t.shape[3])) for t in (key_states, value_states)]
         start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        self.buffers[0, :, :, start:end], self.buffers[1, :, :, start:end] = key_states, value_states
-        self.keys, self.values = self.buffers[0, :, :, :end], self.buffers[1, :, :, :end]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows."""
         end = self.get_seq_length()
-        kept = self.buffers.new_empty((2, len(indices), *self.buffers.shape[2:]))
-        kept[:, :, :, :end] = self.buffers[:, indices, :, :end]
-        self.buffers = kept
-        self.keys, self.values = kept[0, :, :, :end], kept[1, :, :, :end]
+        for i, buffer in enumerate(self.buffers if end else ()):
+            self.buffers[i] = buffer.new_empty((len(indices), *buffer.shape[1:]))
+            self.buffers[i][:, :, :end] = buffer[indices, :, :end]
+        if end:
+            self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
 def rollout_cache(config: Any, length: int) -> Cache:

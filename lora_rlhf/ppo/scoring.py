@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,16 +43,17 @@ def answers_of(rollout: Rollout, prompts: list[list[Message]], columns: dict[str
     return Answers(rollout.text_ids, rollout.text_mask, prompts, rollout.texts, columns)
 
 
+def with_rewards(scored: Scored, reward: CombinedReward, answers: Answers) -> Scored:
+    """Return `scored` with the combined reward; the run's own reward adapter need not look again."""
+    score, raw_scores = reward.scores(answers, scored.raw_scores)
+    return replace(scored, score=score, raw_scores=raw_scores)
+
+
 @torch.no_grad()
-def scored_rollout(
-    base: SharedBase,
-    rollout: Rollout,
-    reward: CombinedReward,
-    answers: Answers,
-    settings: PpoSettings,
-    value_offset: float,
+def scored_by_roles(
+    base: SharedBase, rollout: Rollout, reward: CombinedReward, settings: PpoSettings, value_offset: float
 ) -> Scored:
-    """Return the numbers of all roles for a rollout.
+    """Return the numbers of all roles for a rollout; the score is still 0, see `with_rewards`.
 
     With `settings.mixed_adapter_scoring` the roles go through the base together, each row under its own adapter;
     otherwise one after the other. Both give the same numbers within rounding.
@@ -79,8 +80,8 @@ def scored_rollout(
         values[rows] = state_values(base, states.get(VALUE, states[POLICY]), action, value_offset)
         if own:
             raw[rows] = base.head_outputs(REWARD, last_real(states[REWARD], rollout.text_mask[rows]))
-    score, raw_scores = reward.scores(answers, {own[0].name: raw} if own else {})
-    return Scored(logprobs, reference, entropy, values, score, raw_scores, kept)
+    own_scores = {own[0].name: raw} if own else {}
+    return Scored(logprobs, reference, entropy, values, torch.zeros_like(raw), own_scores, kept)
 
 
 def _states_of_roles(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from math import isfinite
@@ -24,7 +24,7 @@ from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked
 from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
 from lora_rlhf.ppo.rollout import Rollout, Sampling, sampled_answers
-from lora_rlhf.ppo.scoring import Scored, answers_of, scored_rollout, state_values
+from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, state_values, with_rewards
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward
 
 Metrics = dict[str, float]
@@ -57,11 +57,11 @@ class PpoTrainer:
         self.base, self.tokenizer, self.pairs, self.reward, self.settings = base, tokenizer, pairs, reward, settings
         self.prompt_ids = [prompt_ids(tokenizer, pair.messages) for pair in pairs]
         self.generator = torch.Generator().manual_seed(seed)
-        self.batches = BatchSizes(settings)
+        self.batches = BatchSizes(settings, self._give_up_copy)
         self._order: list[int] = []
         self.sampling = Sampling.of(settings)  # 4. the full distribution
-        if self.sampling.expand_weights is None:  # decided once: the same seed then samples the same answers
-            self.sampling = replace(self.sampling, expand_weights=base.layers.has_room_for_copy())
+        # decided once: the same seed then samples the same answers
+        self.sampling = replace(self.sampling, expand_weights=base.layers.expands(self.sampling.expand_weights))
         self.step_count, self.episodes = 0, 0
         self.stopped_early: str | None = None
         self.value_offset = 0.0
@@ -136,9 +136,28 @@ class PpoTrainer:
 
         def scored(size: int) -> Scored:
             settings = replace(self.settings, scoring_batch_size=size)
-            return scored_rollout(self.base, rollout, self.reward, answers, settings, self.value_offset)
+            return scored_by_roles(self.base, rollout, self.reward, settings, self.value_offset)
 
-        return self.batches.within_memory("scoring_batch_size", scored)
+        # a reward function is called once, whatever memory does
+        return with_rewards(self.batches.within_memory("scoring_batch_size", scored), self.reward, answers)
+
+    @contextlib.contextmanager
+    def _weights_for_gradients(self) -> Iterator[None]:
+        """Hold a working copy for scoring and update, where the run has one and memory lets it."""
+        with contextlib.ExitStack() as held:
+            if self.sampling.expand_weights:
+                try:
+                    held.enter_context(self.base.layers.working_copy())
+                except torch.OutOfMemoryError:
+                    self._give_up_copy()
+            yield
+
+    def _give_up_copy(self) -> bool:
+        """Do without a working copy from here on; return whether there was one. The numbers stay the same."""
+        had = bool(self.sampling.expand_weights)
+        self.sampling = replace(self.sampling, expand_weights=False)
+        self.base.layers.give_up_copy()
+        return had
 
     def step(self) -> Metrics:
         """Sample one batch of answers, learn from it, and return the metrics of the step."""
@@ -148,7 +167,7 @@ class PpoTrainer:
         rollout = self._rollout(POLICY, chosen)
         sampled = time.perf_counter()
         trim_heap()
-        with self.base.layers.working_copy() if self.sampling.expand_weights else contextlib.nullcontext():
+        with self._weights_for_gradients():
             scored = self._scored(rollout, chosen)
             kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
             advantages, returns = self.targets(rollout, scored, kl)

@@ -87,6 +87,13 @@ def test_stock_modules_made_lean_give_the_same_numbers(dtype: torch.dtype) -> No
     torch.testing.assert_close(with_grad, before)
 
 
+def test_a_forward_that_somebody_else_put_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = MistralRMSNorm(16)
+    monkeypatch.setattr(MistralRMSNorm, "forward", lambda self, x: x)
+    make_norms_and_mlps_lean(nn.ModuleList([norm]))
+    assert "forward" not in norm.__dict__
+
+
 def test_other_activations_and_other_modules_stay_as_they_are() -> None:
     mlp = MistralMLP(MistralConfig(hidden_size=16, intermediate_size=24, hidden_act="gelu"))
     model = nn.ModuleDict({"mlp": mlp, "norm": nn.LayerNorm(16)})

@@ -100,11 +100,15 @@ def test_layers_that_are_adapted_later_are_taken_in(make_base: MakeBase, make_co
     assert all(isinstance(frozen, FrozenLinear) for frozen in base.layers.frozen.values())
 
 
-def test_sixteen_bit_models_need_no_copy(make_base: MakeBase, make_config: Callable[..., object]) -> None:
+def test_sixteen_bit_models_are_copied_only_where_a_role_is_folded_in(
+    make_base: MakeBase, make_config: Callable[..., object]
+) -> None:
     base = make_base(make_config(load_in_4bit=False))
-    assert base.layers.copy_bytes() == 0
+    assert base.layers.copy_bytes() == 4 * sum(f.weight().numel() for f in base.layers.frozen.values())
     with base.layers.working_copy():
         assert all(frozen.copy is None for frozen in base.layers.frozen.values())
+    with base.layers.working_copy(folded_role=POLICY):
+        assert all(frozen.copy is not None for frozen in base.layers.frozen.values())
 
 
 def test_room_is_asked_of_the_system(make_base: MakeBase, monkeypatch: pytest.MonkeyPatch) -> None:

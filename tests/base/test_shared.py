@@ -263,3 +263,13 @@ def test_the_last_real_state_is_found_with_padding_on_either_side():
     states = torch.arange(8.0).reshape(2, 4, 1)
     mask = torch.tensor([[True, True, False, False], [False, True, True, True]])
     assert last_real(states, mask)[:, 0].tolist() == [1.0, 7.0]
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_an_adapter_that_is_more_than_lora_is_refused(make_base, tmp_path, field):
+    base = make_base()
+    base.save_adapter("reward", tmp_path / "reward")
+    file = tmp_path / "reward" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: True}))
+    with pytest.raises(UserError, match=f"only plain LoRA can share the base; this adapter has {field}"):
+        make_base().load_adapter("other", tmp_path / "reward")

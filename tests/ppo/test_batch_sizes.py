@@ -56,14 +56,16 @@ def test_at_size_1_the_run_ends_with_advice_and_other_errors_pass() -> None:
     ("name", "owner", "attribute"),
     [
         ("rollout_batch_size", trainer_module, "sampled_answers"),
-        ("scoring_batch_size", trainer_module, "scored_rollout"),
+        ("scoring_batch_size", trainer_module, "scored_by_roles"),
         ("micro_batch_size", None, "_accumulate"),
     ],
 )
 def test_a_step_that_ran_out_of_memory_ends_like_one_that_did_not(
     make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str, owner: Any, attribute: str
 ) -> None:
-    settings = {"batch_size": 4, "micro_batch_size": 4, "scoring_batch_size": 4, "num_ppo_epochs": 2}
+    settings = {
+        "batch_size": 4, "micro_batch_size": 4, "scoring_batch_size": 4, "num_ppo_epochs": 2, "expand_weights": False,
+    }  # fmt: skip
     calm, pressed = (make_trainer(**settings) for _ in range(2))
     expected = [calm.step() for _ in range(2)]
     owner = owner or pressed
@@ -85,3 +87,61 @@ def test_a_step_that_ran_out_of_memory_ends_like_one_that_did_not(
     for role, parameters in calm.parameters.items():
         for one, other in zip(parameters, pressed.parameters[role], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_working_copy_is_given_up_before_a_batch_shrinks(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, pressed = (make_trainer(expand_weights=True) for _ in range(2))
+    expected, sizes = calm.step(), dict(pressed.batches.sizes)
+    whole = pressed._accumulate
+
+    def on_a_small_card(*args: Any) -> Any:
+        result = whole(*args)
+        if any(frozen.copy is not None for frozen in pressed.base.layers.frozen.values()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(pressed, "_accumulate", on_a_small_card)
+    found = pressed.step()
+    assert pressed.batches.sizes == sizes and pressed.sampling.expand_weights is False
+    assert found["policy_loss"] == pytest.approx(expected["policy_loss"], rel=1e-4, abs=1e-6)
+
+
+def test_a_working_copy_that_finds_no_room_is_done_without(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(expand_weights=True)
+    rolled, copies = trainer._rollout, trainer.base.layers.working_copy
+
+    def full(folded_role: str | None = None) -> Any:
+        if folded_role is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return copies(folded_role)
+
+    monkeypatch.setattr(trainer.base.layers, "working_copy", full)
+    assert trainer.step()["step"] == 1 and rolled is not None and trainer.sampling.expand_weights is False
+
+
+def test_a_reward_function_is_called_once_however_often_scoring_is_tried(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def counted(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        calls.append(len(completions))
+        return [float(len(c[0]["content"])) for c in completions]
+
+    trainer = make_trainer(counted, batch_size=4, scoring_batch_size=4, expand_weights=False)
+    calls.clear()
+    whole = trainer_module.scored_by_roles
+
+    def on_a_small_card(*args: Any) -> Any:
+        result = whole(*args)
+        if trainer.batches.sizes["scoring_batch_size"] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(trainer_module, "scored_by_roles", on_a_small_card)
+    trainer.step()
+    assert calls == [4] and trainer.batches.sizes["scoring_batch_size"] == 1

@@ -223,6 +223,12 @@ def test_the_optimizer_is_adam_with_epsilon_1e_5_over_policy_and_value_alone(mak
     assert trainable == {id(p) for role in (POLICY, VALUE) for p in trainer.base.parameters(role)}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the optimizer is there on CUDA")
+def test_the_paged_optimizer_without_cuda_says_what_to_set(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(UserError, match=r"ppo.optim: paged_adam_8bit needs CUDA; set ppo.optim: adam"):
+        make_trainer(optim="paged_adam_8bit")
+
+
 def test_gradients_are_clipped_to_one_norm_over_policy_and_value(make_trainer: MakeTrainer) -> None:
     trainer, learned_from = make_trainer(max_grad_norm=1e-3), []
 
@@ -321,8 +327,8 @@ def test_the_penalty_uses_the_chosen_estimator_and_the_kl_metric_is_always_k1(
 ) -> None:
     trainer = make_trainer(text_length, kl_estimator=estimator, kl_coef=1.0, missing_eos_penalty=0.0)
     scored = []
-    original = trainer_module.scored_rollout
-    monkeypatch.setattr(trainer_module, "scored_rollout", lambda *a: scored.append(original(*a)) or scored[0])
+    original = trainer_module.scored_by_roles
+    monkeypatch.setattr(trainer_module, "scored_by_roles", lambda *a: scored.append(original(*a)) or scored[0])
     metrics = trainer.step()
     d = scored[0].logprobs - scored[0].reference
     estimate = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[estimator]
