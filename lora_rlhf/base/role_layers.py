@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -138,24 +138,8 @@ class RoleLayers:
         With `folded_role` its adapter is added to the weights. The sum is rounded to the compute dtype, so that
         log-probs differ slightly from those of base and adapter; no gradients then, and no other role.
         """
-        roles = {id(r.frozen): r for r in self.adapted.values()}
-        wanted = [f for f in self.frozen.values() if f.is_quantized or (folded_role and id(f) in roles)]
-        sizes = [f.layer.in_features * f.layer.out_features for f in wanted]
-        pack = folded_role is not None and self._can_pack()
-        # one block of memory, which the system gets back whole
-        memory = torch.empty(0 if pack else sum(sizes), dtype=self.dtype, device=self.device)
-        rooms: Sequence[torch.Tensor] = [memory] * len(wanted) if pack else memory.split(sizes)
-        del memory  # the copies alone hold it, so that `give_up_copy` frees it
         try:
-            for frozen, room in zip(wanted, rooms, strict=True):
-                weight, role = frozen.weight(), roles.get(id(frozen))
-                if folded_role and role and (adapter := role.adapter(folded_role)):
-                    a, b, scaling = adapter
-                    weight = torch.addmm(weight.float(), b.detach(), a.detach(), alpha=scaling)
-                if pack:
-                    frozen.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype))
-                else:
-                    frozen.copy = room.view(weight.shape).copy_(weight)
+            self._make_copies(folded_role)
             for role in self.adapted.values():
                 role.folded = folded_role is not None
             yield
@@ -163,6 +147,23 @@ class RoleLayers:
             self.give_up_copy()
             for role in self.adapted.values():
                 role.folded = False
+
+    def _make_copies(self, folded_role: str | None) -> None:
+        """Fill the copies, views of one block of memory, which the system gets back whole; they alone hold it."""
+        roles = {id(role.frozen): role for role in self.adapted.values()}
+        wanted = [f for f in self.frozen.values() if f.is_quantized or (folded_role and id(f) in roles)]
+        sizes = [f.layer.in_features * f.layer.out_features for f in wanted]
+        pack = folded_role is not None and self._can_pack()
+        rooms = [] if pack else torch.empty(sum(sizes), dtype=self.dtype, device=self.device).split(sizes)
+        for i, frozen in enumerate(wanted):
+            weight, role = frozen.weight(), roles.get(id(frozen))
+            if folded_role and role and (adapter := role.adapter(folded_role)):
+                a, b, scaling = adapter
+                weight = torch.addmm(weight.float(), b.detach(), a.detach(), alpha=scaling)
+            if pack:
+                frozen.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype))
+            else:
+                frozen.copy = rooms[i].view(weight.shape).copy_(weight)
 
 
 def mkldnn_has_bfloat16() -> bool:

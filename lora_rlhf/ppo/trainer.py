@@ -153,7 +153,10 @@ class PpoTrainer:
             yield
 
     def _give_up_copy(self) -> bool:
-        """Do without a working copy from here on; return whether there was one. The numbers stay the same."""
+        """Do without a working copy from here on; return whether there was one.
+
+        Scores and gradients stay the same; answers are then sampled without the rounding of a folded copy.
+        """
         had = bool(self.sampling.expand_weights)
         self.sampling = replace(self.sampling, expand_weights=False)
         self.base.layers.give_up_copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -135,3 +136,14 @@ def test_a_packed_copy_gives_what_a_plain_one_gives(
         monkeypatch.setattr(base.layers, "_can_pack", lambda: False)
     torch.testing.assert_close(found[0].float(), found[1].float(), rtol=0.02, atol=0.05)
     assert all(f.packed is None and f.copy is None for f in base.layers.frozen.values())
+
+
+def test_a_copy_that_is_given_up_is_freed_at_once(make_base: MakeBase) -> None:
+    layers = make_base().layers
+    with layers.working_copy():
+        first = next(f.copy for f in layers.frozen.values() if f.copy is not None)
+        held = weakref.ref(first._base)  # the whole block
+        del first
+        assert held() is not None
+        layers.give_up_copy()
+        assert held() is None
