@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.loading import explained, resolved_model
-from lora_rlhf.base.token_logprobs import CHUNK_BYTES
+from lora_rlhf.base.token_logprobs import rows_per_chunk
 from lora_rlhf.config import RunConfig, TrainerSettings
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -275,7 +275,7 @@ class Planner:
 
     def _logits(self, tokens: int, with_copy: bool) -> float:
         """Return what one chunk of logits takes: 16 bits, float32, log-softmax, and probabilities."""
-        rows = self.config.ppo.logits_chunk_size or max(1, CHUNK_BYTES // (4 * self.shape.vocabulary))
+        rows = self.config.ppo.logits_chunk_size or rows_per_chunk(self.shape.vocabulary)
         return min(rows, tokens) * self.shape.vocabulary * (8 + 2 * self.width + (4 if with_copy else 0))
 
 

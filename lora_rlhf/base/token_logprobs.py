@@ -10,6 +10,11 @@ CHUNK_BYTES = 2**24
 """Float32 logits that exist at one time; larger blocks are no faster, and malloc gives them back after each use."""
 
 
+def rows_per_chunk(vocabulary: int) -> int:
+    """Return how many rows of float32 logits take `CHUNK_BYTES`; at least 1."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(h Wᵀ / T)[token] per row, chunk by chunk.
 
@@ -72,5 +77,5 @@ def token_logprobs(
         chunk: rows whose logits exist at one time; none: as many as take 16 MiB in float32.
         with_entropy: off, the entropies are zeros.
     """
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * len(weight)))
+    chunk = chunk or rows_per_chunk(len(weight))
     return _TokenLogProbs.apply(hidden, weight, tokens, temperature, chunk, with_entropy)
