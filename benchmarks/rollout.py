@@ -30,7 +30,8 @@ from lora_rlhf.base.packing import left_padded
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.data.preferences import preference_pairs
-from lora_rlhf.ppo.rollout import Sampling, sampled_answers
+from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.terminal import console, progress, run_recipe
 
 Engine = Callable[[list[list[int]], int], None]

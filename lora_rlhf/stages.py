@@ -24,7 +24,8 @@ from lora_rlhf.instruct import train_instruct_adapter
 from lora_rlhf.memory import check_memory, with_checkpointing_decided
 from lora_rlhf.memory_peak import reset_peak_memory, return_freed_memory
 from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
-from lora_rlhf.ppo.rollout import Sampling, sampled_answers
+from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.reward.sources import CombinedReward, ScoreScale, reward_sources, source_entries
 from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter

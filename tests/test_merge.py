@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from lora_rlhf.base.shared import POLICY
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.merge import dequantized_layers, merge_drift, merged_model, model_logprobs, write_merged
-from lora_rlhf.ppo.rollout import Sampling, sampled_answers
+from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.rollout import sampled_answers
 
 SAMPLING = Sampling(response_length=8, temperature=0.7, stop_strings=("zzz",), expand_weights=False)
 

@@ -13,7 +13,7 @@ import httpx
 import torch
 from safetensors import SafetensorError
 
-from lora_rlhf.base.backend_check import reads_as_it_decodes
+from lora_rlhf.base.backend_check import reads_causally
 from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
 from lora_rlhf.data.chat import set_chat_template
@@ -170,10 +170,10 @@ def _load_with_unsloth(source: str, revision: str | None, config: RunConfig) -> 
             use_exact_model_name=True,
         )
     model = _checked(model, config, source).eval()
-    if not reads_as_it_decodes(model):
+    if not reads_causally(model):
         raise UserError(
-            "backend: this version of unsloth decodes otherwise than it reads, or looks ahead where no mask is given, "
-            "so that PPO would learn from wrong numbers; set backend: transformers"
+            "backend: this version of unsloth looks ahead where no mask is given, so that PPO would learn from wrong "
+            "numbers; set backend: transformers"
         )
     return model
 

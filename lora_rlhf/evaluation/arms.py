@@ -17,7 +17,8 @@ from lora_rlhf.data.chat import Message, answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.errors import UserError
 from lora_rlhf.merge import model_logprobs
-from lora_rlhf.ppo.rollout import Rollout, Sampling, model_answers, sampled_answers
+from lora_rlhf.ppo.decoding import Sampling, decoder_of
+from lora_rlhf.ppo.rollout import Rollout, model_answers, sampled_answers
 from lora_rlhf.reward.sources import Answers, CombinedReward
 
 
@@ -73,10 +74,9 @@ def model_arm_answers(
     parts = []
     generator = torch.Generator().manual_seed(seed)
     same_vocabulary = tokenizer.get_vocab() == base_tokenizer.get_vocab()
-    trunk, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
     for chunk in _chunks(pairs, config.ppo.batch_size):
         rollout = model_answers(
-            trunk, head, _prompts_of_any_template(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator
+            decoder_of(model), _prompts_of_any_template(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator
         )
         # the reward model reads the dialogue in its own format, whatever template the arm answered in
         base_prompts = _prompts(base_tokenizer, chunk)

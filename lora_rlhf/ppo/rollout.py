@@ -11,8 +11,7 @@ import torch
 
 from lora_rlhf.base.packing import batches_by_length, left_padded
 from lora_rlhf.base.shared import SharedBase
-from lora_rlhf.config import PpoSettings
-from lora_rlhf.ppo.rollout_cache import rollout_cache
+from lora_rlhf.ppo.decoding import Decoder, Sampling, decoder_of, ending_ids, stop_position
 
 
 @dataclass
@@ -62,26 +61,6 @@ class Rollout:
         return torch.cat([self.query_mask, self.score_mask], 1)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are sampled; the distribution is never cut (no top-k, no top-p)."""
-
-    response_length: int
-    temperature: float
-    stop_strings: tuple[str, ...] = ()
-    expand_weights: bool | None = None
-    """Decode from a temporary 16-bit copy; none: where memory has room."""
-    batch_size: int | None = None
-    """Answers decoded together; none: all."""
-
-    @classmethod
-    def of(cls, settings: PpoSettings) -> Sampling:
-        """Return the sampling that the PPO settings describe."""
-        stops = tuple(settings.stop_strings)
-        batch = settings.rollout_batch_size
-        return cls(settings.response_length, settings.temperature, stops, settings.expand_weights, batch)
-
-
 def sampled_answers(
     base: SharedBase,
     role: str,
@@ -94,98 +73,37 @@ def sampled_answers(
 
     Each prompt draws its own random numbers up front, so that its answer does not depend on when others end.
     """
-    expand = base.layers.expands(sampling.expand_weights)
+    decoder = decoder_of(base.causal_lm)
+    expand = decoder.reads_working_copy and base.layers.expands(sampling.expand_weights)
     with base.expanded(role) if expand else base.role(role):
-        return model_answers(
-            base.trunk,
-            base.lm_head,
-            prompts,
-            sampling,
-            tokenizer,
-            generator,
-            autocast=None if expand else base.autocast(),
-        )
+        autocast = None if expand else base.autocast()
+        return model_answers(decoder, prompts, sampling, tokenizer, generator, autocast)
 
 
 @torch.no_grad()
 def model_answers(
-    trunk: Any,
-    lm_head: Any,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     tokenizer: Any,
     generator: torch.Generator,
     autocast: torch.autocast | None = None,
 ) -> Rollout:
-    """Return one answer to each prompt from any causal language model, given as trunk and LM head."""
-    device = lm_head.weight.device
-    query_ids, query_mask = left_padded(prompts, tokenizer.pad_token_id, device)
+    """Return one answer to each prompt from any causal language model, given as its decoder."""
+    query_ids, query_mask = left_padded(prompts, tokenizer.pad_token_id, decoder.device)
     rows, length = len(prompts), sampling.response_length
-    uniform = torch.rand((length, rows), generator=generator, device=generator.device).to(device)
-    response = torch.full((rows, length), tokenizer.pad_token_id, dtype=torch.long, device=device)
-    logprobs = torch.zeros((rows, length), dtype=torch.float32, device=device)
-    everyone = torch.arange(rows, device=device)
+    uniform = torch.rand((length, rows), generator=generator, device=generator.device).to(decoder.device)
+    response = torch.full((rows, length), tokenizer.pad_token_id, dtype=torch.long, device=decoder.device)
+    logprobs = torch.zeros((rows, length), dtype=torch.float32, device=decoder.device)
+    everyone = torch.arange(rows, device=decoder.device)
     with autocast or contextlib.nullcontext():
         batch = sampling.batch_size or rows
         for part in [everyone] if batch >= rows else batches_by_length(query_mask, everyone, batch):
-            _decode(trunk, lm_head, query_ids, query_mask, part, uniform, sampling, tokenizer, response, logprobs)
-    ends = ending_ids(tokenizer).to(device)
+            width = int(query_mask[part].sum(1).max())  # no more padding than these rows need
+            ids, mask = query_ids[part, -width:], query_mask[part, -width:]
+            response[part], logprobs[part] = decoder(ids, mask, uniform[:, part], sampling, tokenizer)
+    ends = ending_ids(tokenizer).to(decoder.device)
     return _cut_rollout(query_ids, query_mask, response, logprobs, ends, sampling.stop_strings, tokenizer)
-
-
-def _decode(
-    trunk: Any,
-    lm_head: Any,
-    query_ids: torch.Tensor,
-    query_mask: torch.Tensor,
-    live: torch.Tensor,
-    uniform: torch.Tensor,
-    sampling: Sampling,
-    tokenizer: Any,
-    response: torch.Tensor,
-    logprobs: torch.Tensor,
-) -> None:
-    """Fill the rows `live` of `response` and `logprobs`; a row that has ended leaves the batch."""
-    width = int(query_mask[live].sum(1).max())  # no more padding than these rows need
-    ids, mask = query_ids[live, -width:], query_mask[live, -width:]
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    ends = ending_ids(tokenizer).to(ids.device)
-    done = torch.zeros(len(query_ids), dtype=torch.bool, device=ids.device)
-    cache = rollout_cache(trunk.config, width + sampling.response_length)
-    for step in range(sampling.response_length):
-        states = trunk(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
-        probs = torch.softmax((states.to(lm_head.weight.dtype) @ lm_head.weight.T).float() / sampling.temperature, -1)
-        token = inverse_cdf(probs, uniform[step, live])
-        response[live, step] = token
-        logprobs[live, step] = probs.gather(1, token[:, None])[:, 0].clamp(min=1e-38).log()
-        done[live] |= torch.isin(token, ends)
-        if sampling.stop_strings:
-            for i in live[~done[live]].tolist():
-                text = response[i, : step + 1].tolist()
-                done[i] = _stop_position(tokenizer, text, sampling.stop_strings) is not None
-        still = ~done[live]
-        if not bool(still.any()):
-            return
-        ids, mask = token[:, None], torch.nn.functional.pad(mask, (0, 1), value=True)
-        positions = positions[:, -1:] + 1
-        if still.sum() <= 0.75 * len(live):  # copying the cache has a price: wait until a quarter has ended
-            keep = torch.nonzero(still)[:, 0]
-            cache.batch_select_indices(keep)
-            ids, mask, positions, live = ids[keep], mask[keep], positions[keep], live[keep]
-
-
-def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Return a sample per row of `probs` [rows, n], given a uniform number in [0, 1) per row."""
-    cumulative = probs.cumsum(-1)
-    aim = (uniform[:, None] * cumulative[:, -1:]).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.searchsorted(cumulative, aim).clamp(max=probs.shape[1] - 1)[:, 0]
-
-
-def ending_ids(tokenizer: Any) -> torch.Tensor:
-    """Return the ids that end an answer, int64 [n]."""
-    return torch.tensor([tokenizer.eos_token_id])
 
 
 def _cut_rollout(
@@ -206,7 +124,7 @@ def _cut_rollout(
     for i, row in enumerate(response.tolist()):
         end = next((t for t, token in enumerate(row) if token in endings), None)
         body = row if end is None else row[:end]
-        stop = _stop_position(tokenizer, body, stop_strings) if stop_strings else None
+        stop = stop_position(tokenizer, body, stop_strings) if stop_strings else None
         if stop is not None:
             kept, lengths[i], text = stop
             body, ended[i] = body[:kept], True
@@ -224,15 +142,3 @@ def _cut_rollout(
         query_ids, query_mask, response, action_mask, score_ids, score_mask, ended.to(response.device),
         logprobs * action_mask, texts,
     )  # fmt: skip
-
-
-def _stop_position(tokenizer: Any, tokens: list[int], stop_strings: tuple[str, ...]) -> tuple[int, int, str] | None:
-    """Return (tokens before the stop string, tokens up to its end, text before it) of the first one, or none."""
-    text = tokenizer.decode(tokens)
-    found = [(text.index(stop), stop) for stop in stop_strings if stop in text]
-    if not found:
-        return None
-    at, stop = min(found)
-    kept = max((n for n in range(len(tokens) + 1) if len(tokenizer.decode(tokens[:n])) <= at), default=0)
-    end = next(n for n in range(kept, len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
-    return kept, end, text[:at]

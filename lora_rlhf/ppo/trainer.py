@@ -22,8 +22,9 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import peak_memory_gib, trim_heap
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
 from lora_rlhf.ppo.batch_sizes import BatchSizes
+from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
-from lora_rlhf.ppo.rollout import Rollout, Sampling, sampled_answers
+from lora_rlhf.ppo.rollout import Rollout, sampled_answers
 from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, state_values, with_rewards
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward
 

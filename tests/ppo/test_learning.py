@@ -15,7 +15,8 @@ from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
-from lora_rlhf.ppo.rollout import Sampling, sampled_answers
+from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.reward.sources import Answers, CombinedReward
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import MistralConfig
 
 from lora_rlhf.base.packing import left_padded, right_padded
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
-from lora_rlhf.ppo.rollout import Rollout, Sampling, inverse_cdf, model_answers, sampled_answers
+from lora_rlhf.ppo.decoding import Sampling, TrunkDecoder, inverse_cdf
+from lora_rlhf.ppo.rollout import Rollout, model_answers, sampled_answers
 
 CPU = torch.device("cpu")
 
@@ -24,27 +23,6 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 # -- drawing from a distribution --------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(1e-4, 1), min_size=1, max_size=30), st.floats(0.05, 0.95))
-def test_a_uniform_number_inside_a_tokens_interval_draws_that_token(weights: list[float], where: float) -> None:
-    probs = torch.tensor(weights) / sum(weights)
-    upper = probs.double().cumsum(0)
-    aims = (upper - (1 - where) * probs.double()).float()
-    assert inverse_cdf(probs.expand(len(probs), -1), aims).tolist() == list(range(len(probs)))
-
-
-def test_the_edges_of_the_unit_interval_draw_possible_tokens_only() -> None:
-    probs = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]).expand(4, -1)
-    uniform = torch.tensor([0.0, 0.2499, 0.2501, 1 - 2**-24])
-    assert inverse_cdf(probs, uniform).tolist() == [1, 1, 3, 3]
-
-
-def test_every_row_uses_its_own_probabilities_and_number() -> None:
-    probs = torch.tensor([[0.9, 0.1], [0.1, 0.9]])
-    assert inverse_cdf(probs, torch.tensor([0.5, 0.5])).tolist() == [0, 1]
-    assert inverse_cdf(probs, torch.tensor([0.95, 0.05])).tolist() == [1, 0]
 
 
 def test_tokens_are_drawn_from_the_full_distribution(make_base: Callable[..., SharedBase], tokenizer: Any) -> None:
@@ -108,7 +86,7 @@ def scripted_rollout(
     prompts = [(*[250] * i, 251 + i) for i in range(len(answers))]
     model = Scripted(dict(zip(prompts, map(list, answers), strict=True)))
     sampling = Sampling(length, 1.0, stop_strings)
-    return model_answers(model, model.lm_head, prompts, sampling, tokenizer, generator()), model
+    return model_answers(TrunkDecoder(model, model.lm_head), prompts, sampling, tokenizer, generator()), model
 
 
 def spelled(tokenizer: Any, *texts: str) -> list[int]:
@@ -234,6 +212,16 @@ PROMPTS = [[5], [60, 70, 80, 90], [33, 44], [5, 6, 7, 8, 9, 10, 11], [100, 101, 
 LENGTH = 12
 
 
+ENGINES = ["expanded weights", "4-bit weights", "generate"]
+
+
+def expands(engine: str, base: SharedBase) -> bool:
+    """Whether the engine expands weights; for `generate`, the base is marked as unsloth marks it."""
+    if engine == "generate":
+        base.causal_lm.for_inference = lambda: None
+    return engine == "expanded weights"
+
+
 def following(base: SharedBase, role: str, ids: list[int], temperature: float) -> torch.Tensor:
     """The distribution of the token after each of `ids`, from a plain forward: no batch, no padding, no cache."""
     with torch.no_grad():
@@ -250,12 +238,12 @@ def ending_base(make_base: Callable[..., SharedBase], tokenizer: Any) -> SharedB
     return base
 
 
-@pytest.mark.parametrize("expand", [True, False], ids=["expanded weights", "4-bit weights"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("role", "temperature"), [(POLICY, 1.0), (REFERENCE, 0.8)])
 def test_an_answer_does_not_depend_on_the_other_rows(
-    ending_base: SharedBase, tokenizer: Any, role: str, temperature: float, expand: bool
+    ending_base: SharedBase, tokenizer: Any, role: str, temperature: float, engine: str
 ) -> None:
-    sampling = Sampling(LENGTH, temperature, expand_weights=expand)
+    sampling = Sampling(LENGTH, temperature, expand_weights=expands(engine, ending_base))
     rollout = sampled_answers(ending_base, role, PROMPTS, sampling, tokenizer, generator(1))
     uniform = torch.rand((LENGTH, len(PROMPTS)), generator=generator(1))
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -272,12 +260,12 @@ def test_an_answer_does_not_depend_on_the_other_rows(
     assert (rollout.response_ids == pad)[rollout.action_mask].any()
 
 
-@pytest.mark.parametrize("expand", [True, False], ids=["expanded weights", "4-bit weights"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_sampler_and_the_trainer_agree_on_log_probs(
-    ending_base: SharedBase, tokenizer: Any, expand: bool, temperature: float
+    ending_base: SharedBase, tokenizer: Any, engine: str, temperature: float
 ) -> None:
-    base, sampling = ending_base, Sampling(LENGTH, temperature, expand_weights=expand)
+    base, sampling = ending_base, Sampling(LENGTH, temperature, expand_weights=expands(engine, ending_base))
     rollout = sampled_answers(base, POLICY, PROMPTS, sampling, tokenizer, generator())
     with torch.no_grad():
         states = base.hidden(POLICY, rollout.ids, rollout.mask)
@@ -303,12 +291,13 @@ def test_the_same_generator_state_gives_the_same_answers(ending_base: SharedBase
     assert texts(1) == texts(1) != texts(2)
 
 
-@pytest.mark.parametrize("expand", [True, False], ids=["expanded weights", "4-bit weights"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("role", [POLICY, REFERENCE])
 def test_sampling_leaves_role_trainability_and_weights_as_they_were(
-    make_base: Callable[..., SharedBase], tokenizer: Any, role: str, expand: bool
+    make_base: Callable[..., SharedBase], tokenizer: Any, role: str, engine: str
 ) -> None:
     base = make_base()
+    expand = expands(engine, base)
     trainable = {n: p.requires_grad for n, p in base.model.named_parameters()}
     before = {n: t.clone() for n, t in base.model.state_dict().items() if isinstance(t, torch.Tensor)}
     ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)

@@ -1,0 +1,188 @@
+"""How tokens are sampled from a model: the decoders, and what ends an answer. Another engine is another `Decoder`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from lora_rlhf.config import PpoSettings
+from lora_rlhf.ppo.rollout_cache import rollout_cache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled; the distribution is never cut (no top-k, no top-p)."""
+
+    response_length: int
+    temperature: float
+    stop_strings: tuple[str, ...] = ()
+    expand_weights: bool | None = None
+    """Decode from a temporary 16-bit copy; none: where memory has room."""
+    batch_size: int | None = None
+    """Answers decoded together; none: all."""
+
+    @classmethod
+    def of(cls, settings: PpoSettings) -> Sampling:
+        """Return the sampling that the PPO settings describe."""
+        stops = tuple(settings.stop_strings)
+        batch = settings.rollout_batch_size
+        return cls(settings.response_length, settings.temperature, stops, settings.expand_weights, batch)
+
+
+class Decoder(Protocol):
+    """What samples tokens from a model, for a batch of prompts."""
+
+    device: torch.device
+    reads_working_copy: bool
+    """Whether it computes through the layers' own forward, which reads a working copy where there is one."""
+
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, tokenizer: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sampled tokens [rows, R] and their log-probs (nats); after the end of an answer they mean nothing.
+
+        Args:
+            ids: [rows, Q] prompts, padded on the left.
+            mask: [rows, Q], true for real tokens.
+            uniform: [R, rows] the numbers in [0, 1) that choose the tokens.
+            sampling: length, temperature and stop strings.
+            tokenizer: of the model.
+        """
+
+
+def decoder_of(causal_lm: Any) -> Decoder:
+    """Return the decoder of a model: unsloth's, if unsloth has loaded it, else our own."""
+    if hasattr(causal_lm, "for_inference"):  # unsloth's mark
+        return GenerateDecoder(causal_lm)
+    return TrunkDecoder(getattr(causal_lm, causal_lm.base_model_prefix), causal_lm.get_output_embeddings())
+
+
+class TrunkDecoder:
+    """Our own loop over the transformer and the LM head; a row that has ended leaves the batch."""
+
+    reads_working_copy = True
+
+    def __init__(self, trunk: Any, lm_head: Any) -> None:
+        self.trunk, self.lm_head, self.device = trunk, lm_head, lm_head.weight.device
+
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, tokenizer: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and log-probs as `Decoder` says."""
+        rows = len(ids)
+        response = torch.full((rows, sampling.response_length), tokenizer.pad_token_id, device=self.device)
+        logprobs = torch.zeros(response.shape, device=self.device)
+        live, done = torch.arange(rows, device=self.device), torch.zeros(rows, dtype=torch.bool, device=self.device)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        ends = ending_ids(tokenizer).to(self.device)
+        cache = rollout_cache(self.trunk.config, ids.shape[1] + sampling.response_length)
+        for step in range(sampling.response_length):
+            states = self.trunk(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state[:, -1]
+            logits = states.to(self.lm_head.weight.dtype) @ self.lm_head.weight.T
+            token, logprobs[live, step] = chosen_tokens(logits, uniform[step, live], sampling.temperature)
+            response[live, step] = token
+            done[live] |= torch.isin(token, ends)
+            if sampling.stop_strings:
+                for i in live[~done[live]].tolist():
+                    text = response[i, : step + 1].tolist()
+                    done[i] = stop_position(tokenizer, text, sampling.stop_strings) is not None
+            still = ~done[live]
+            if not bool(still.any()):
+                break
+            ids, mask = token[:, None], torch.nn.functional.pad(mask, (0, 1), value=True)
+            positions = positions[:, -1:] + 1
+            if still.sum() <= 0.75 * len(live):  # copying the cache has a price: wait until a quarter has ended
+                keep = torch.nonzero(still)[:, 0]
+                cache.batch_select_indices(keep)
+                ids, mask, positions, live = ids[keep], mask[keep], positions[keep], live[keep]
+        return response, logprobs
+
+
+class GenerateDecoder:
+    """The model's own `generate`, which unsloth makes faster (`for_inference`); the draws are ours.
+
+    In train mode, because unsloth then goes back to training with what it had found.
+    """
+
+    reads_working_copy = False
+
+    def __init__(self, causal_lm: Any) -> None:
+        self.causal_lm, self.device = causal_lm, causal_lm.get_output_embeddings().weight.device
+
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, tokenizer: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and log-probs as `Decoder` says."""
+        draws = _Draws(uniform, sampling.temperature)
+        plain = GenerationConfig(
+            do_sample=False,  # the draws leave one token to choose from
+            max_new_tokens=sampling.response_length,
+            eos_token_id=ending_ids(tokenizer).tolist(),
+            pad_token_id=tokenizer.pad_token_id,
+            stop_strings=list(sampling.stop_strings) or None,
+        )
+        unsloth, own_config = hasattr(self.causal_lm, "for_inference"), self.causal_lm.generation_config
+        self.causal_lm.train(unsloth)
+        self.causal_lm.generation_config = plain  # what ours leaves open is filled in from the model's
+        try:
+            found = self.causal_lm.generate(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                generation_config=plain,
+                logits_processor=LogitsProcessorList([draws]),
+                tokenizer=tokenizer,
+            )[:, ids.shape[1] :]
+        finally:
+            self.causal_lm.generation_config = own_config
+            self.causal_lm.eval()
+        missing = sampling.response_length - found.shape[1]
+        return torch.nn.functional.pad(found, (0, missing), value=tokenizer.pad_token_id), draws.logprobs
+
+
+class _Draws(LogitsProcessor):
+    """Leaves of each row's logits the one token that its uniform number chooses, and keeps its log-prob."""
+
+    def __init__(self, uniform: torch.Tensor, temperature: float) -> None:
+        self.uniform, self.temperature, self.step = uniform, temperature, 0
+        self.logprobs = torch.zeros((uniform.shape[1], uniform.shape[0]), device=uniform.device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token, self.logprobs[:, self.step] = chosen_tokens(scores, self.uniform[self.step], self.temperature)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+
+def chosen_tokens(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a token per row of `logits` [rows, vocabulary] and its log-prob, given a uniform number per row."""
+    probs = torch.softmax(logits.float() / temperature, -1)
+    token = inverse_cdf(probs, uniform)
+    return token, probs.gather(1, token[:, None])[:, 0].clamp(min=1e-38).log()
+
+
+def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Return a sample per row of `probs` [rows, n], given a uniform number in [0, 1) per row."""
+    cumulative = probs.cumsum(-1)
+    aim = (uniform[:, None] * cumulative[:, -1:]).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.searchsorted(cumulative, aim).clamp(max=probs.shape[1] - 1)[:, 0]
+
+
+def ending_ids(tokenizer: Any) -> torch.Tensor:
+    """Return the ids that end an answer, int64 [n]."""
+    return torch.tensor([tokenizer.eos_token_id])
+
+
+def stop_position(tokenizer: Any, tokens: list[int], stop_strings: tuple[str, ...]) -> tuple[int, int, str] | None:
+    """Return (tokens before the stop string, tokens up to its end, text before it) of the first one, or none."""
+    text = tokenizer.decode(tokens)
+    found = [(text.index(stop), stop) for stop in stop_strings if stop in text]
+    if not found:
+        return None
+    at, stop = min(found)
+    kept = max((n for n in range(len(tokens) + 1) if len(tokenizer.decode(tokens[:n])) <= at), default=0)
+    end = next(n for n in range(kept, len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
+    return kept, end, text[:at]
