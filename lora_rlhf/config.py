@@ -136,6 +136,9 @@ class PpoSettings:
     mixed_adapter_scoring: bool = setting(
         False, "Score policy, reference, reward and value in one mixed-adapter pass instead of one pass each."
     )
+    snapshots: int = setting(
+        4, "Policy adapters kept on the way, evenly spaced, for evaluation's curve of reward against KL."
+    )
     reward_sources: list[dict[str, Any]] = setting(
         [],
         "Rewards that add up; each a mapping with `kind` (adapter, model or function), `path`, and `weight` (1). "

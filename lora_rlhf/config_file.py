@@ -214,7 +214,9 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
     for name in ("ppo.gamma", "ppo.lam"):
         if not 0 <= flat[name] <= 1:
             raise UserError(f"{where}: {name} is from 0 to 1, not {flat[name]}")
-    for name in ("ppo.kl_coef", "ppo.vf_coef", "ppo.missing_eos_penalty", "ppo.value_warmup_steps"):
+    for name in (
+        "ppo.kl_coef", "ppo.vf_coef", "ppo.missing_eos_penalty", "ppo.value_warmup_steps", "ppo.snapshots"
+    ):  # fmt: skip
         if not 0 <= flat[name] < float("inf"):
             raise UserError(f"{where}: {name} is 0 or more, and finite, not {flat[name]}")
     if config.ppo.value_warmup_steps >= config.ppo.total_steps:

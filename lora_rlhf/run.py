@@ -22,7 +22,7 @@ from lora_rlhf.errors import UserError
 STAGES = ("base", "reward", "instruct", "ppo", "merge", "compare")
 CONTENTS = (
     "config.yaml", "summary.json", "metrics.jsonl", "curves.png", "score_scales.json", "samples.json",
-    "reward_adapter", "instruct_adapter", "policy_adapter", "value_adapter", "merged",
+    "reward_adapter", "instruct_adapter", "policy_adapter", "policy_snapshots", "value_adapter", "merged", "evaluation",
 )  # fmt: skip
 PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "unsloth")
 

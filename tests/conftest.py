@@ -1,9 +1,13 @@
-"""Fixtures: a tiny Mistral in a folder, configs for it, and shared bases with all four roles."""
+"""Fixtures: a tiny Mistral in a folder, configs for it, shared bases with all four roles, and a whole run of it."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 hypothesis.settings.register_profile("any-machine", deadline=None)
 hypothesis.settings.load_profile("any-machine")
 torch.set_num_threads(1)  # on tiny models, more threads only wait for each other
+
+from recipe_runs import ROOT, TINY, as_process
 
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.embedded import build_tiny_model
@@ -80,3 +86,37 @@ def make_base(make_config: Callable[..., RunConfig]) -> Callable[..., SharedBase
         return base
 
     return make
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
+    """Run a recipe in this process, which saves seconds of imports; return its status and all it printed."""
+    monkeypatch.chdir(ROOT)
+    levels = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
+
+    def run(name: str, *options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"recipes/{name}", *options])
+        capfd.readouterr()
+        status = 0
+        try:
+            runpy.run_path(f"recipes/{name}", run_name="__main__")
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        printed = capfd.readouterr()
+        return status, printed.out + printed.err
+
+    yield run
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def whole_run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The output directory of the whole pipeline with the tiny config, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return folder, as_process("direct_rlhf_lora.py", *TINY, "--output_dir", str(folder))
+
+
+@pytest.fixture
+def run_folder(whole_run: tuple[Path, Any]) -> Path:
+    return whole_run[0]

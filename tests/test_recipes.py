@@ -3,76 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
-import runpy
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recipe_runs import ROOT, TINY, as_process, assert_one_line_of_error
 
 from lora_rlhf.base.loading import resolved_model
 from lora_rlhf.config_file import config_from_file
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-TINY = ["--config", "recipes/configs/tiny.yaml"]
 ADAPTERS = ("reward_adapter", "instruct_adapter", "policy_adapter", "value_adapter")
-
-
-def as_process(recipe: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run a recipe as a user does."""
-    command = [sys.executable, f"recipes/{recipe}", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads wait for each other where the cores are busy
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1200)
-
-
-@pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
-    """Run a recipe in this process, which saves seconds of imports; return its status and all it printed."""
-    monkeypatch.chdir(ROOT)
-    levels = {name: logging.getLogger(name).level for name in logging.root.manager.loggerDict}
-
-    def run(name: str, *options: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [f"recipes/{name}", *options])
-        capfd.readouterr()
-        status = 0
-        try:
-            runpy.run_path(f"recipes/{name}", run_name="__main__")
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        printed = capfd.readouterr()
-        return status, printed.out + printed.err
-
-    yield run
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-
-
-def assert_one_line_of_error(status: int, printed: str, *words: str) -> None:
-    lines = printed.rstrip("\n").split("\n")
-    assert status == 2
-    assert "Traceback" not in printed
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    for word in words:
-        assert word in lines[-1]
-
-
-@pytest.fixture(scope="session")
-def whole_run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The output directory of the whole pipeline with the tiny config, and what it printed."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    return folder, as_process("direct_rlhf_lora.py", *TINY, "--output_dir", str(folder))
-
-
-@pytest.fixture
-def run_folder(whole_run: tuple[Path, Any]) -> Path:
-    return whole_run[0]
 
 
 @pytest.fixture

@@ -76,7 +76,11 @@ def model_arm_answers(
     same_vocabulary = tokenizer.get_vocab() == base_tokenizer.get_vocab()
     for chunk in _chunks(pairs, config.ppo.batch_size):
         rollout = model_answers(
-            decoder_of(model), _prompts_of_any_template(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator
+            decoder_of(model),
+            prompts_of_any_template(tokenizer, [pair.messages for pair in chunk]),
+            Sampling.of(config.ppo),
+            tokenizer,
+            generator,
         )
         # the reward model reads the dialogue in its own format, whatever template the arm answered in
         base_prompts = _prompts(base_tokenizer, chunk)
@@ -112,8 +116,8 @@ def arm_summary(arm: ArmAnswers, base: ArmAnswers, bad_words: re.Pattern[str]) -
     }
 
 
-def bad_word_pattern(file: str | None) -> re.Pattern[str]:
-    """Return a pattern that finds any of the listed words, whole, case aside.
+def bad_words(file: str | None) -> list[str]:
+    """Return the words of a file, one per line (`#` begins a comment line); none: the package's print-safe list.
 
     Raises:
         UserError: the file cannot be read or holds no word.
@@ -126,7 +130,12 @@ def bad_word_pattern(file: str | None) -> re.Pattern[str]:
     words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not words:
         raise UserError(f"compare.bad_words_file: {path} holds no word")
-    return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
+    return words
+
+
+def bad_word_pattern(file: str | None) -> re.Pattern[str]:
+    """Return a pattern that finds any of `bad_words(file)`, whole, case aside."""
+    return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, bad_words(file))) + r")(?!\w)", re.IGNORECASE)
 
 
 def _part(
@@ -168,15 +177,15 @@ def _prompts(tokenizer: Any, pairs: Sequence[PreferencePair]) -> list[list[int]]
     return [prompt_ids(tokenizer, pair.messages) for pair in pairs]
 
 
-def _prompts_of_any_template(tokenizer: Any, pairs: Sequence[PreferencePair]) -> list[list[int]]:
-    """Return the prompts; where the template refuses one (many want user and assistant in turns), a plainer form of it.
+def prompts_of_any_template(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """Return prompt ids; where the template refuses a dialogue (many want user and assistant in turns), a plainer form.
 
     Raises:
         UserError: the template refuses a single question too.
     """
     prompts = []
-    for pair in pairs:
-        for messages in (pair.messages, in_turns(pair.messages), pair.messages[-1:]):
+    for dialogue in conversations:
+        for messages in (dialogue, in_turns(dialogue), dialogue[-1:]):
             try:
                 prompts.append(prompt_ids(tokenizer, messages))
                 break

@@ -1,0 +1,74 @@
+"""The bad_words suite: how probable bad words are while an arm answers (paper, Figures 4 and 5), and how often said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from statistics import fmean
+from typing import Any
+
+from lora_rlhf.evaluation.arms import bad_word_pattern, bad_words
+from lora_rlhf.evaluation.context import Evaluation, SuiteResult
+from lora_rlhf.evaluation.lens import bad_word_probabilities, word_tokens
+from lora_rlhf.evaluation.statistics import paired_difference
+from lora_rlhf.terminal import progress
+
+LEGEND = (
+    "Layers: the state of every layer, through the final norm and the LM head, at the positions that predict the arm's "
+    "own answer; the summed probability of the first tokens of all words, a mean over positions and then prompts. "
+    "Words: the probability, by the model's own last layer, that the word begins at a position; a word of several "
+    "tokens is the product of their probabilities, each given the ones before."
+)
+
+
+def bad_words_suite(evaluation: Evaluation) -> SuiteResult:
+    """Return bad-word probabilities by layer and by word, and the share of sampled answers that hold one."""
+    words = bad_words(evaluation.settings.bad_words_file)
+    pattern = bad_word_pattern(evaluation.settings.bad_words_file)
+    answers = evaluation.held_out_answers()
+    found = {}
+    with progress("bad_words: arms", len(evaluation.arms)) as report:
+        for name in evaluation.arms:
+            found[name] = _probabilities(evaluation, name, words)
+            report(len(found))
+    result = SuiteResult(notes=[LEGEND])
+    result.add("last_layer", "probability that a bad word begins, per position", {
+        name: [sum(of_prompt) for of_prompt in zip(*arm["by_word"], strict=True)] for name, arm in found.items()
+    })  # fmt: skip
+    result.add("answers_with_bad_words", "share of sampled answers", {
+        name: [float(bool(pattern.search(text))) for text in given.texts] for name, given in answers.items()
+    })  # fmt: skip
+    result.details = {
+        "by_layer": {name: [_mean_and_interval(rows) for rows in arm["by_layer"]] for name, arm in found.items()},
+        "by_word": {
+            word: {name: _mean_and_interval(arm["by_word"][i]) for name, arm in found.items()}
+            for i, word in enumerate(words)
+        },
+    }
+    return result
+
+
+def _probabilities(evaluation: Evaluation, name: str, words: list[str]) -> dict[str, Any]:
+    """Return {"by_layer": [layers][prompts], "by_word": [words][prompts]} of an arm on its own answers."""
+    arm, given = evaluation.arms[name], evaluation.held_out_answers()[name]
+    temperature = evaluation.sampling.temperature
+    text = json.dumps([given.prompt_ids, given.answer_ids])
+    key = {
+        "what": "lens", "arm": arm.fingerprint, "words": words, "temperature": temperature,
+        "rows": hashlib.sha256(text.encode()).hexdigest(),
+    }  # fmt: skip
+
+    def measured() -> dict[str, Any]:
+        found = bad_word_probabilities(
+            arm.base, arm.role, given.prompt_ids, given.answer_ids, word_tokens(arm.tokenizer, words),
+            evaluation.settings.batch_size, temperature,
+        )  # fmt: skip
+        return {"by_layer": found.by_layer.tolist(), "by_word": found.by_word.tolist()}
+
+    return evaluation.cache.result(key, measured)
+
+
+def _mean_and_interval(values: list[float]) -> dict[str, float | None]:
+    """Return the mean over prompts with its 95 % bootstrap interval."""
+    interval = paired_difference(values, [0.0] * len(values))
+    return {"value": fmean(values), "low": interval.low, "high": interval.high}

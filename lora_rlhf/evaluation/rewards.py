@@ -1,0 +1,178 @@
+"""Two readings of an answer: the reward that PPO maximised, and a referee that PPO never saw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+
+from lora_rlhf.config import RunConfig
+from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
+from lora_rlhf.errors import UserError
+from lora_rlhf.evaluation.answers import GivenAnswers, as_read_by_reward
+from lora_rlhf.evaluation.context import Evaluation
+from lora_rlhf.evaluation.loaded_arms import adapter_folder, digest, folder_fingerprint, model_fingerprint
+from lora_rlhf.reward.sources import AdapterReward, Answers, CombinedReward, RewardSource, ScoreScale, reward_sources
+from lora_rlhf.reward.training import pair_scores, train_reward_adapter
+from lora_rlhf.terminal import note
+
+Reading = Callable[[GivenAnswers], list[float]]
+"""Gives a number to each answer to the held-out prompts."""
+
+SMALLEST_FOLD, FEWEST_STEPS, MOST_EPOCHS = 16, 30, 6
+"""Of a referee's training: pairs per fold, optimizer steps aimed at, passes over the fold at most."""
+
+
+@dataclass
+class Referee:
+    """A reward model that PPO never saw.
+
+    Attributes:
+        name: what it is, for people.
+        reading: its numbers, in standard deviations of base's own answers.
+        accuracy: share of held-out pairs it orders right; none where that was not measured.
+    """
+
+    name: str
+    reading: Reading
+    accuracy: float | None
+
+
+def own_reading(evaluation: Evaluation) -> Reading | None:
+    """Return the run's own reward, in standard deviations of the reference; none where no run is evaluated."""
+    run, config = evaluation.run, evaluation.config
+    if run is None or not (run / "score_scales.json").is_file():
+        return None
+    scales = json.loads((run / "score_scales.json").read_text(encoding="utf-8"))["scales"]
+    reward: list[CombinedReward] = []
+    adapter = run / "reward_adapter"
+    content = folder_fingerprint(adapter) if adapter.is_dir() else ""
+
+    def read(given: GivenAnswers) -> list[float]:
+        def scored() -> list[float]:
+            if not reward:
+                reward.append(CombinedReward(reward_sources(config, evaluation.base_arm.base, adapter)))
+                reward[0].scales = {name: ScoreScale(**scale) for name, scale in scales.items()}
+            return reward[0].scores(_read(evaluation, given))[0].tolist()
+
+        key = {"what": "reward", "sources": [content, scales, config.ppo.reward_sources], **_rows(evaluation, given)}
+        return evaluation.cache.result(key, scored)
+
+    return read
+
+
+def own_scores(evaluation: Evaluation) -> dict[str, list[float]] | None:
+    """Return `own_reading` of every arm's answers; none where no run is evaluated."""
+    read = own_reading(evaluation)
+    return read and {name: read(given) for name, given in evaluation.held_out_answers().items()}
+
+
+def find_referee(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]) -> Referee | None:
+    """Return the referee that was named, else one trained on held-out pairs; none where there are too few of those.
+
+    The trained one is two: each learns from one half of the held-out pairs, which the run's reward model has not seen
+    either, with another seed, and reads the answers to the prompts of the other half.
+    """
+    if evaluation.settings.referee:
+        source = _named_source(evaluation, evaluation.settings.referee)
+        return Referee(evaluation.settings.referee, _in_base_units(evaluation, [source], lambda pair: 0), None)
+    folds = folds_by_prompt(all_pairs)
+    parts = [[p for p in all_pairs if folds[p.prompt] == fold] for fold in (0, 1)]
+    if min(map(len, parts)) < SMALLEST_FOLD:
+        return None
+    config, base = evaluation.config, evaluation.base_arm.base
+    sources: list[RewardSource] = []
+    right: list[bool] = []
+    for fold, pairs in enumerate(parts):
+        folder = _trained(evaluation, referee_config(config, len(pairs), fold), pairs, fold)
+        role = f"referee_{fold}"
+        base.load_adapter(role, folder)
+        sources.append(AdapterReward(base, role, folder_fingerprint(folder), batch=config.ppo.scoring_batch_size))
+        tokenizer, batch = evaluation.base_arm.tokenizer, config.ppo.scoring_batch_size
+        chosen, rejected = pair_scores(base, role, tokenizer, parts[1 - fold], batch)
+        right += (chosen > rejected).tolist()
+    reading = _in_base_units(evaluation, sources, lambda pair: 1 - folds[pair.prompt])
+    name = f"two reward adapters, each trained on half of the {len(all_pairs)} held-out pairs and read on the other"
+    return Referee(name, reading, fmean(right))
+
+
+def folds_by_prompt(pairs: Sequence[PreferencePair]) -> dict[Any, int]:
+    """Return the half (0 or 1) of each prompt: equal prompts are never in both."""
+    return {prompt: i % 2 for i, prompt in enumerate(dict.fromkeys(pair.prompt for pair in pairs))}
+
+
+def referee_config(config: RunConfig, pairs: int, fold: int) -> RunConfig:
+    """Return the run's reward training with a seed of its own, and as many passes as a small half needs."""
+    reward = config.reward
+    steps = (
+        pairs * (1 + reward.contrast_share) / reward.per_device_train_batch_size / reward.gradient_accumulation_steps
+    )
+    epochs = min(MOST_EPOCHS, max(reward.num_train_epochs, FEWEST_STEPS / steps))
+    return replace(config, seed=config.seed + 1000 + fold, reward=replace(reward, num_train_epochs=epochs))
+
+
+def _trained(evaluation: Evaluation, config: RunConfig, pairs: Sequence[PreferencePair], fold: int) -> Path:
+    """Return the folder of a referee's adapter, trained where it is not there yet."""
+    what = json.dumps([asdict(config.reward), asdict(config.lora), config.seed, [asdict(pair) for pair in pairs]])
+    folder = evaluation.folder / "referee" / digest(evaluation.base_arm.fingerprint, what)[:16]
+    if not (folder / "adapter_model.safetensors").is_file():
+        note(f"  referee {fold + 1} of 2: a reward adapter on {len(pairs)} held-out pairs")
+        train_reward_adapter(config, evaluation.base_arm.tokenizer, pairs, folder)
+    return folder
+
+
+def _named_source(evaluation: Evaluation, name: str) -> RewardSource:
+    base, config, folder = evaluation.base_arm.base, evaluation.config, adapter_folder(name)
+    if folder is not None:
+        base.load_adapter("referee", folder)
+        if "referee" not in base.heads:
+            raise UserError(f"--referee: {name} has no reward head; a SEQ_CLS adapter is wanted")
+        return AdapterReward(base, "referee", folder_fingerprint(folder))
+    only = replace(config, ppo=replace(config.ppo, reward_sources=[{"kind": "model", "path": name}]))
+    source = reward_sources(only, base, Path())[0]
+    source.name = model_fingerprint(name, config)
+    return source
+
+
+def _in_base_units(
+    evaluation: Evaluation, sources: Sequence[RewardSource], judge_of: Callable[[PreferencePair], int]
+) -> Reading:
+    """Return a reading by the source that `judge_of` picks for a prompt, scaled by its scores of base's answers."""
+    which = [judge_of(pair) for pair in evaluation.pairs]
+
+    def raw(given: GivenAnswers) -> list[float]:
+        def scored() -> list[float]:
+            answers = _read(evaluation, given)
+            rows = torch.tensor(which, device=answers.ids.device)
+            scores = torch.zeros(len(which), device=answers.ids.device)
+            for i, source in enumerate(sources):
+                if (rows == i).any():
+                    scores = torch.where(rows == i, source.scores(answers), scores)
+            return scores.tolist()
+
+        names = [source.name for source in sources]
+        return evaluation.cache.result(
+            {"what": "referee", "sources": names, "which": which, **_rows(evaluation, given)}, scored
+        )
+
+    of_base = raw(evaluation.held_out_answers()["base"])
+    scales = {}
+    for i in set(which):
+        own = [score for score, judge in zip(of_base, which, strict=True) if judge == i]
+        scales[i] = (fmean(own), max(pstdev(own), 1e-6))
+    return lambda given: [(s - scales[i][0]) / scales[i][1] for s, i in zip(raw(given), which, strict=True)]
+
+
+def _read(evaluation: Evaluation, given: GivenAnswers) -> Answers:
+    prompts, columns = prompts_and_columns(evaluation.pairs)
+    return as_read_by_reward(evaluation.base_arm, prompts, given, columns)
+
+
+def _rows(evaluation: Evaluation, given: GivenAnswers) -> dict[str, Any]:
+    prompts = [pair.messages for pair in evaluation.pairs]
+    return {"base": evaluation.base_arm.fingerprint, "rows": digest(json.dumps([prompts, given.texts, given.ended]))}
