@@ -92,8 +92,9 @@ def imported_packages() -> set[str]:
 def test_what_the_library_imports_is_required_or_an_extra(metadata: Message) -> None:
     lines = metadata.get_all("Requires-Dist", [])
     required = {re.split(r"[^\w-]", line)[0].lower() for line in lines if "extra ==" not in line}
-    comes_with = {"yaml": "pyyaml"} | dict.fromkeys(["huggingface_hub", "safetensors", "tokenizers"], "transformers")
-    assert {comes_with.get(name, name) for name in imported_packages()} - {"unsloth"} <= required
+    comes_with = {"yaml": "pyyaml", "numpy": "scipy"}
+    comes_with |= dict.fromkeys(["huggingface_hub", "safetensors", "tokenizers"], "transformers")
+    assert {comes_with.get(name, name) for name in imported_packages()} - {"unsloth", "lm_eval"} <= required
 
 
 def test_name_licence_and_python_are_stated(metadata: Message) -> None:

@@ -48,7 +48,11 @@ def _tasks(evaluation: Evaluation, result: SuiteResult) -> dict[str, Any]:
     """Return the tasks that can be run, by name; says in the result's notes which cannot, and why."""
     if evaluation.settings.local_tasks is not None:
         result.notes.append("Tasks: local files through lm-eval; not to be compared with published figures.")
-        return {task.task_name: task for task in local_tasks(evaluation.settings.local_tasks)}
+        tasks = {task.task_name: task for task in local_tasks(evaluation.settings.local_tasks)}
+        for name, task in tasks.items():
+            if empty := (task.config.metadata or {}).get("empty_choices_left_out"):
+                result.notes.append(f"{name}: {empty} empty wrong choices were left out.")
+        return tasks
     found: dict[str, Any] = {}
     for name in HUB_TASKS:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from statistics import fmean
@@ -14,10 +15,11 @@ from lora_rlhf.evaluation.statistics import paired_difference
 from lora_rlhf.terminal import progress
 
 LEGEND = (
-    "Layers: the state of every layer, through the final norm and the LM head, at the positions that predict the arm's "
-    "own answer; the summed probability of the first tokens of all words, a mean over positions and then prompts. "
-    "Words: the probability, by the model's own last layer, that the word begins at a position; a word of several "
-    "tokens is the product of their probabilities, each given the ones before."
+    "By layer: the state of every layer, through the final norm and the LM head, at the positions that predict the "
+    "arm's own answer; the summed probability of the words' first tokens, each weighed by the probability, at the last "
+    "layer, that the rest of the word follows; a mean over positions and then over prompts. By word, and in the table: "
+    "the probability, by the model's own last layer, that the word is written next; a word of several tokens is the "
+    "product of their probabilities, each given the ones before."
 )
 
 
@@ -32,14 +34,14 @@ def bad_words_suite(evaluation: Evaluation) -> SuiteResult:
             found[name] = _probabilities(evaluation, name, words)
             report(len(found))
     result = SuiteResult(notes=[LEGEND])
-    result.add("last_layer", "probability that a bad word begins, per position", {
-        name: [sum(of_prompt) for of_prompt in zip(*arm["by_word"], strict=True)] for name, arm in found.items()
-    })  # fmt: skip
+    unit = "probability per position that a bad word is written next"
+    result.add("last_layer", unit, {name: arm["by_layer"][-1] for name, arm in found.items()})
     result.add("answers_with_bad_words", "share of sampled answers", {
         name: [float(bool(pattern.search(text))) for text in given.texts] for name, given in answers.items()
     })  # fmt: skip
     result.details = {
         "by_layer": {name: [_mean_and_interval(rows) for rows in arm["by_layer"]] for name, arm in found.items()},
+        "first_tokens_by_layer": {name: list(map(fmean, arm["first_tokens"])) for name, arm in found.items()},
         "by_word": {
             word: {name: _mean_and_interval(arm["by_word"][i]) for name, arm in found.items()}
             for i, word in enumerate(words)
@@ -49,7 +51,7 @@ def bad_words_suite(evaluation: Evaluation) -> SuiteResult:
 
 
 def _probabilities(evaluation: Evaluation, name: str, words: list[str]) -> dict[str, Any]:
-    """Return {"by_layer": [layers][prompts], "by_word": [words][prompts]} of an arm on its own answers."""
+    """Return {"by_layer" and "first_tokens": [layers][prompts], "by_word": [words][prompts]} of an arm."""
     arm, given = evaluation.arms[name], evaluation.held_out_answers()[name]
     temperature = evaluation.sampling.temperature
     text = json.dumps([given.prompt_ids, given.answer_ids])
@@ -59,11 +61,14 @@ def _probabilities(evaluation: Evaluation, name: str, words: list[str]) -> dict[
     }  # fmt: skip
 
     def measured() -> dict[str, Any]:
-        found = bad_word_probabilities(
-            arm.base, arm.role, given.prompt_ids, given.answer_ids, word_tokens(arm.tokenizer, words),
-            evaluation.settings.batch_size, temperature,
-        )  # fmt: skip
-        return {"by_layer": found.by_layer.tolist(), "by_word": found.by_word.tolist()}
+        layers = arm.base.layers
+        with layers.working_copy() if layers.expands(None) else contextlib.nullcontext():
+            found = bad_word_probabilities(
+                arm.base, arm.role, given.prompt_ids, given.answer_ids, word_tokens(arm.tokenizer, words),
+                evaluation.settings.batch_size, temperature,
+            )  # fmt: skip
+        layered = {"by_layer": found.whole_by_layer.tolist(), "first_tokens": found.by_layer.tolist()}
+        return {**layered, "by_word": found.by_word.tolist()}
 
     return evaluation.cache.result(key, measured)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_rlhf.errors import UserError
+from lora_rlhf.evaluation.general import task_fingerprint
 from lora_rlhf.evaluation.local_tasks import TASK_METRIC, final_number, local_tasks
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "general"
@@ -196,3 +198,29 @@ def test_the_shared_slices_are_seven_tasks_of_the_right_kinds():
     assert {len(task.eval_docs) for task in tasks.values()} == {200}
     for doc in tasks["gsm8k"].eval_docs:  # a model that writes the reference down is right
         assert tasks["gsm8k"].process_results(doc, [doc["answer"]]) == {"exact_match": 1.0}
+
+
+def test_the_fingerprint_follows_what_a_model_is_shown_and_what_is_right(tmp_path):
+    def fingerprint(where: str, name: str = "quiz", **change: Any) -> str:
+        (tmp_path / where).mkdir()
+        folder_with(tmp_path / where, **{name: [CHOICE, CHOICE | {"choices": ["c", "d"]} | change]})
+        return task_fingerprint(local_tasks(tmp_path / where)[0])
+
+    first = fingerprint("first")
+    assert len(first) == 64 and first == fingerprint("again")
+    others = {
+        first,
+        fingerprint("answer", answer=1),
+        fingerprint("choice", choices=["c", "e"]),
+        fingerprint("question", question="Or?"),
+        fingerprint("name", name="hellaswag"),
+        task_fingerprint("mmlu"),
+        task_fingerprint("bbh"),
+    }
+    assert len(others) == 7
+
+
+@pytest.mark.slow
+def test_lm_eval_is_not_imported_before_it_is_needed():
+    code = "import sys, lora_rlhf.evaluation.general; sys.exit('lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -135,6 +135,14 @@ def test_the_interval_of_normal_data_is_close_to_that_of_the_paired_t_test() -> 
         assert interval(found) == pytest.approx((low, high), abs=0.15 * (high - low))
 
 
+def test_the_interval_of_a_dozen_normal_values_is_as_wide_as_students_on_average() -> None:
+    widths = []
+    for values in np.random.default_rng(4).normal(size=(60, 12)):
+        low, high = interval(paired_difference(values, [0.0] * 12))
+        widths.append((high - low) / (2 * stats.t.ppf(0.975, 11) * stats.sem(values)))
+    assert np.mean(widths) == pytest.approx(1, abs=0.05)  # plain BCa's are 0.86
+
+
 def test_with_few_pairs_the_interval_is_students() -> None:
     ours, base = [3.0, 5.0, 4.0, 9.0], [1.0, 4.0, 4.0, 2.0]
     assert interval(paired_difference(ours, base)) == pytest.approx(stats.ttest_rel(ours, base).confidence_interval())
