@@ -52,7 +52,7 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
     """Show a progress bar; the block calls what it is given with the number of finished pieces (and of all)."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, transient=not console.is_terminal,
+        console=console, disable=not console.is_terminal,
     )  # fmt: skip
     with bar:
         task = bar.add_task(description, total=total)

@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,13 +95,28 @@ def quiet_lm_eval() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+        # its progress bars cannot be turned off, and it asks git, which complains, in a process of its own
+        with contextlib.redirect_stderr(io.StringIO()), _no_standard_error():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _no_standard_error() -> Iterator[None]:
+    """Send what this process and its children write to file descriptor 2 nowhere, inside the block."""
+    sys.stderr.flush()
+    held, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(held, 2)
+        os.close(held)
+        os.close(nowhere)
 
 
 def _task_config(name: str, docs: Sequence[dict[str, Any]]) -> dict[str, Any]:
