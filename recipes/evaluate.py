@@ -83,7 +83,8 @@ def main() -> None:
     results = evaluate(settings, models, config_from_file(file) if file else None)
     folder = settings.output_dir / "evaluation"
     write_report(results, folder)
-    console.print(claims_table(results))
+    if results["claims"]:
+        console.print(claims_table(results))
     note(f"the report is {folder / 'report.html'} (and report.md, results.json, *.png)")
 
 

@@ -87,8 +87,9 @@ def _blocks(results: Mapping[str, Any], figures: Mapping[str, tuple[str, Path]])
         f"{arms}, on {results['prompts']} held-out prompts where a suite does not say otherwise. Differences are to "
         "base over the same items, with 95 % intervals. A figure whose interval holds 0 does not tell the arms apart."
     )
-    yield Heading("The claims")
-    yield Cells(("claim", "arm", "measured by", "difference [95 %]", "n", "verdict"), _claim_rows(results["claims"]))
+    if rows := _claim_rows(results["claims"]):
+        yield Heading("The claims")
+        yield Cells(("claim", "arm", "measured by", "difference [95 %]", "n", "verdict"), rows)
     for name, suite in results["suites"].items():
         yield Heading(SUITE_TITLES[name])
         if name in figures:

@@ -118,6 +118,13 @@ def test_named_models_need_no_run(recipe: Recipe, finished: Path, tmp_path: Path
     assert results["skipped"]["preference"].startswith("it needs a run with a reward adapter, or --referee")
 
 
+def test_help_teaches_every_suite(recipe: Recipe) -> None:
+    status, printed = recipe("evaluate.py", "--help")
+    assert status == 0 and "python recipes/evaluate.py --output_dir" in printed
+    for suite in ("general", "mt_bench", "moderation", "bad_words", "preference"):
+        assert f"\n  {suite} " in printed
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -136,6 +143,7 @@ def test_what_is_wrong_is_said_in_one_line_before_any_work(recipe: Recipe, optio
     assert_one_line_of_error(*recipe("evaluate.py", *options), said)
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_not_there_costs_no_finished_work(recipe: Recipe, finished: Path, material: Any) -> None:
     options = ["--output_dir", str(finished), "--limit", "2", "--suites", "general", "moderation"]
     options += ["--local_tasks", str(material[0]), "--judge_base_url", "http://127.0.0.1:9/v1", "--judge_model", "x"]
