@@ -44,7 +44,8 @@ def claims(suites: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row for every claim, measure and arm: {claim, arm, measure, n, difference, verdict, needed_n}.
 
     Differences are to base, over the same prompts. A better figure holds where its 95 % interval is on the right side
-    of 0, and does not hold where it is on the wrong side. Ability is kept where the interval is above minus the margin.
+    of 0, and does not hold where it is on the wrong side; a referee no better than chance tells nothing. Ability is
+    kept where the interval is above minus the margin.
 
     Args:
         suites: name -> `SuiteResult` as plain values.
@@ -55,6 +56,8 @@ def claims(suites: dict[str, Any]) -> list[dict[str, Any]]:
         for arm, figure in figures.items():
             if arm != "base" and figure["difference"] is not None:
                 found = better(figure["difference"], measure.sign)
+                if measure.task == "referee" and suites["preference"]["details"]["referee_accuracy"]["low"] <= 0.5:
+                    found = "cannot tell"  # a referee that guesses has no say
                 rows.append(_row(measure.claim, arm, measure.text, figure["difference"], found, None))
     for arm, kept in suites.get("general", {}).get("details", {}).get("kept", {}).items():
         text = f"mean accuracy over tasks, margin {100 * kept['margin']:g} points"

@@ -41,8 +41,12 @@ def preference_suite(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]
         result.notes.append("reward: the model that PPO maximised; it judges its own pupil.")
     if referee is not None:
         readings["referee"] = referee.reading
-        right = "" if referee.accuracy is None else f"; right on {referee.accuracy:.0%} of the pairs it had not seen"
-        result.notes.append(f"referee, which PPO never saw: {referee.name}{right}.")
+        right = result.details["referee_accuracy"] = referee.accuracy
+        result.notes.append(
+            f"referee, which PPO never saw: {referee.name}; right on {right['value']:.0%} [{right['low']:.0%}, "
+            f"{right['high']:.0%}] of {right['n']} pairs it had not seen"
+            + ("." if right["low"] > 0.5 else ": no better than chance, so that its figures say nothing.")
+        )
     else:
         result.notes.append("No referee: there are too few held-out pairs to train one, and --referee names none.")
     for name, read in readings.items():
@@ -81,6 +85,8 @@ def _kl(evaluation: Evaluation, arm: LoadedArm, given: GivenAnswers) -> list[flo
 
 def _verdict(result: SuiteResult) -> dict[str, Any]:
     own, referee = (Difference(**result.tasks[name]["plus"]["difference"]) for name in ("reward", "referee"))
+    if result.details["referee_accuracy"]["low"] <= 0.5:
+        return {"value": None, "text": "cannot tell: the referee is no better than chance"}
     found = over_optimised(own, referee)
     text = {
         True: "over-optimised: the reward that PPO maximised rose, the referee's did not rise with it",

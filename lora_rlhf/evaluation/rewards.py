@@ -17,8 +17,9 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.answers import GivenAnswers, as_read_by_reward
 from lora_rlhf.evaluation.context import Evaluation
 from lora_rlhf.evaluation.loaded_arms import adapter_folder, digest, folder_fingerprint, model_fingerprint
+from lora_rlhf.evaluation.statistics import wilson_interval
 from lora_rlhf.reward.sources import AdapterReward, Answers, CombinedReward, RewardSource, ScoreScale, reward_sources
-from lora_rlhf.reward.training import pair_scores, train_reward_adapter
+from lora_rlhf.reward.training import train_reward_adapter
 from lora_rlhf.terminal import note
 
 Reading = Callable[[GivenAnswers], list[float]]
@@ -35,12 +36,18 @@ class Referee:
     Attributes:
         name: what it is, for people.
         reading: its numbers, in standard deviations of base's own answers.
-        accuracy: share of held-out pairs it orders right; none where that was not measured.
+        right: for each held-out pair that it was not trained on, whether it orders the two answers as people did.
     """
 
     name: str
     reading: Reading
-    accuracy: float | None
+    right: list[bool]
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """The share of pairs ordered right: {value, low, high, n}, with Wilson's 95 % interval."""
+        low, high = wilson_interval(sum(self.right), len(self.right))
+        return {"value": fmean(self.right), "low": low, "high": high, "n": len(self.right)}
 
 
 def own_reading(evaluation: Evaluation) -> Reading | None:
@@ -80,25 +87,35 @@ def find_referee(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]) ->
     """
     if evaluation.settings.referee:
         source = _named_source(evaluation, evaluation.settings.referee)
-        return Referee(evaluation.settings.referee, _in_base_units(evaluation, [source], lambda pair: 0), None)
+        reading = _in_base_units(evaluation, [source], lambda pair: 0)
+        return Referee(evaluation.settings.referee, reading, _ordered_right(evaluation, source, all_pairs))
     folds = folds_by_prompt(all_pairs)
     parts = [[p for p in all_pairs if folds[p.prompt] == fold] for fold in (0, 1)]
     if min(map(len, parts)) < SMALLEST_FOLD:
         return None
     config, base = evaluation.config, evaluation.base_arm.base
+    batch = config.ppo.scoring_batch_size
     sources: list[RewardSource] = []
     right: list[bool] = []
     for fold, pairs in enumerate(parts):
         folder = _trained(evaluation, referee_config(config, len(pairs), fold), pairs, fold)
         role = f"referee_{fold}"
         base.load_adapter(role, folder)
-        sources.append(AdapterReward(base, role, folder_fingerprint(folder), batch=config.ppo.scoring_batch_size))
-        tokenizer, batch = evaluation.base_arm.tokenizer, config.ppo.scoring_batch_size
-        chosen, rejected = pair_scores(base, role, tokenizer, parts[1 - fold], batch)
-        right += (chosen > rejected).tolist()
+        sources.append(AdapterReward(base, role, folder_fingerprint(folder), batch=batch))
+        right += _ordered_right(evaluation, sources[-1], parts[1 - fold])
     reading = _in_base_units(evaluation, sources, lambda pair: 1 - folds[pair.prompt])
     name = f"two reward adapters, each trained on half of the {len(all_pairs)} held-out pairs and read on the other"
-    return Referee(name, reading, fmean(right))
+    return Referee(name, reading, right)
+
+
+def _ordered_right(evaluation: Evaluation, source: RewardSource, pairs: Sequence[PreferencePair]) -> list[bool]:
+    """Return for each pair whether the source scores the chosen answer above the rejected one."""
+    prompts, columns = prompts_and_columns(pairs)
+    sides = []
+    for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
+        given = GivenAnswers(texts, [True] * len(pairs), [], [])
+        sides.append(source.scores(as_read_by_reward(evaluation.base_arm, prompts, given, columns)))
+    return (sides[0] > sides[1]).tolist()
 
 
 def folds_by_prompt(pairs: Sequence[PreferencePair]) -> dict[Any, int]:

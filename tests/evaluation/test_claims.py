@@ -59,3 +59,11 @@ def test_a_suite_that_did_not_run_says_nothing() -> None:
 
 def test_the_reward_that_ppo_maximised_supports_no_claim() -> None:
     assert ("preference", "reward") not in {(measure.suite, measure.task) for measure in MEASURES}
+
+
+@pytest.mark.parametrize(("low", "expected"), [(0.62, "holds"), (0.5, "cannot tell"), (0.45, "cannot tell")])
+def test_a_referee_no_better_than_chance_supports_no_claim(low: float, expected: str) -> None:
+    found = suite("referee", base=[0.0, 0.1] * 9, plus=[1.0, 1.2] * 9)
+    found["details"] = {"referee_accuracy": {"value": low + 0.05, "low": low, "high": low + 0.1, "n": 300}}
+    (row,) = claims({"preference": found})
+    assert row["verdict"] == expected

@@ -55,7 +55,8 @@ def evaluation(
 
 def test_the_referee_is_trained_on_what_it_does_not_judge_and_reads_in_bases_units(evaluation: Evaluation) -> None:
     referee = find_referee(evaluation, PAIRS)
-    assert referee is not None and referee.accuracy is not None and 0 <= referee.accuracy <= 1
+    assert referee is not None and referee.accuracy["n"] == len(referee.right) == len(PAIRS)
+    assert referee.accuracy["low"] <= referee.accuracy["value"] == fmean(referee.right) <= referee.accuracy["high"]
     given_ = evaluation.held_out_answers()
     of_base = referee.reading(given_["base"])
     for half in (of_base[0::2], of_base[1::2]):  # prompts take turns between the halves
@@ -76,7 +77,7 @@ def test_a_named_referee_reads_the_answers_too(
     make_base(seed=3).save_adapter("reward", tmp_path / "other_reward")
     settings = EvaluationSettings(tmp_path, referee=str(tmp_path / "other_reward"))
     referee = find_referee(replace(evaluation, settings=settings), PAIRS)
-    assert referee is not None and referee.accuracy is None
+    assert referee is not None and len(referee.right) == len(PAIRS)
     assert fmean(referee.reading(evaluation.held_out_answers()["base"])) == pytest.approx(0, abs=1e-5)
 
 
