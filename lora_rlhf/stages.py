@@ -164,7 +164,7 @@ def ppo_stage(session: Session) -> None:
         reward = CombinedReward(reward_sources(config, base, run / "reward_adapter"))
         settings = with_checkpointing_decided(config).ppo
         trainer = PpoTrainer(base, session.tokenizer, train, reward, settings, config.seed)
-        metrics = _ppo_steps(trainer, base, run)
+        metrics = _ppo_steps(trainer, run)
         base.save_adapter(POLICY, run / "policy_adapter")
         base.save_adapter(VALUE, run / "value_adapter")
         write_text(run / "score_scales.json", json.dumps(trainer.normalization(), indent=1) + "\n")
@@ -183,7 +183,7 @@ def ppo_stage(session: Session) -> None:
         )
 
 
-def _ppo_steps(trainer: PpoTrainer, base: SharedBase, run: RunDirectory) -> list[dict[str, float]]:
+def _ppo_steps(trainer: PpoTrainer, run: RunDirectory) -> list[dict[str, float]]:
     """Take the steps, with a live line each in the terminal and one in `metrics.jsonl`; keep adapters on the way."""
     metrics: list[dict[str, float]] = []
     total, kept = run.config.ppo.total_steps, run.config.ppo.snapshots
@@ -197,7 +197,7 @@ def _ppo_steps(trainer: PpoTrainer, base: SharedBase, run: RunDirectory) -> list
             console.print(step_line(metrics[-1]), soft_wrap=True)
             report(trainer.step_count)
             if trainer.step_count in snapshots:
-                base.save_adapter(POLICY, run / "policy_snapshots" / f"step_{trainer.step_count:06d}")
+                trainer.base.save_adapter(POLICY, run / "policy_snapshots" / f"step_{trainer.step_count:06d}")
     return metrics
 
 

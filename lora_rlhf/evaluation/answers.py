@@ -12,7 +12,7 @@ import torch
 from lora_rlhf.base.packing import batches_by_length, right_padded
 from lora_rlhf.data.chat import Message, answer_ids, prompt_ids
 from lora_rlhf.evaluation.arms import prompts_of_any_template
-from lora_rlhf.evaluation.loaded_arms import LoadedArm
+from lora_rlhf.evaluation.loaded_arms import LoadedArm, digest
 from lora_rlhf.evaluation.result_cache import ResultCache
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.rollout import sampled_answers
@@ -39,6 +39,11 @@ class GivenAnswers:
     def lengths(self) -> list[float]:
         """Length of each answer in words: the same measure for every tokenizer."""
         return [float(len(text.split())) for text in self.texts]
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the token ids of prompts and answers."""
+        return digest(str(self.prompt_ids), str(self.answer_ids))
 
 
 def given_answers(

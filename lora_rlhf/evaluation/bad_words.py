@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from statistics import fmean
 from typing import Any
 
@@ -54,10 +52,9 @@ def _probabilities(evaluation: Evaluation, name: str, words: list[str]) -> dict[
     """Return {"by_layer" and "first_tokens": [layers][prompts], "by_word": [words][prompts]} of an arm."""
     arm, given = evaluation.arms[name], evaluation.held_out_answers()[name]
     temperature = evaluation.sampling.temperature
-    text = json.dumps([given.prompt_ids, given.answer_ids])
     key = {
         "what": "lens", "arm": arm.fingerprint, "words": words, "temperature": temperature,
-        "rows": hashlib.sha256(text.encode()).hexdigest(),
+        "rows": given.fingerprint,
     }  # fmt: skip
 
     def measured() -> dict[str, Any]:

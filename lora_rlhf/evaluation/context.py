@@ -111,10 +111,13 @@ class Evaluation:
 
     def held_out_answers(self) -> dict[str, GivenAnswers]:
         """Return each arm's answers to the held-out prompts, sampled once for all suites."""
-        prompts = [pair.messages for pair in self.pairs]
         for name, arm in self.arms.items():
             if name not in self._answers:
-                with progress(f"answers: {name}", len(prompts)) as report:
-                    size, seed = self.config.ppo.batch_size, self.settings.seed
-                    self._answers[name] = given_answers(arm, prompts, self.sampling, size, seed, self.cache, report)
+                self._answers[name] = self.answers_of(arm)
         return self._answers
+
+    def answers_of(self, arm: LoadedArm) -> GivenAnswers:
+        """Return the answers of any arm to the held-out prompts."""
+        prompts, size = [pair.messages for pair in self.pairs], self.config.ppo.batch_size
+        with progress(f"answers: {arm.name}", len(prompts)) as report:
+            return given_answers(arm, prompts, self.sampling, size, self.settings.seed, self.cache, report)

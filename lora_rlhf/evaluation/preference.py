@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.data.preferences import PreferencePair
-from lora_rlhf.evaluation.answers import GivenAnswers, given_answers, kl_to_base
+from lora_rlhf.evaluation.answers import GivenAnswers, kl_to_base
 from lora_rlhf.evaluation.context import Evaluation, SuiteResult, SuiteSkipped
 from lora_rlhf.evaluation.loaded_arms import LoadedArm, digest, folder_fingerprint
 from lora_rlhf.evaluation.rewards import Reading, find_referee, own_reading
 from lora_rlhf.evaluation.statistics import Difference, estimate, over_optimised, paired_difference, win_rates
-from lora_rlhf.terminal import progress
 
 SNAPSHOT = "snapshot"
 """Role under which a run's policy at an earlier step is played."""
@@ -78,7 +77,7 @@ def _kl(evaluation: Evaluation, arm: LoadedArm, given: GivenAnswers) -> list[flo
     temperature = evaluation.sampling.temperature
     key = {
         "what": "kl", "arm": arm.fingerprint, "base": evaluation.base_arm.fingerprint, "temperature": temperature,
-        "rows": digest(str(given.prompt_ids), str(given.answer_ids)),
+        "rows": given.fingerprint,
     }  # fmt: skip
     return evaluation.cache.result(key, lambda: kl_to_base(arm, evaluation.base_arm, given, temperature))
 
@@ -102,20 +101,14 @@ def reward_over_kl(evaluation: Evaluation, readings: dict[str, Reading]) -> list
     base, answers = evaluation.base_arm, evaluation.held_out_answers()
     of_base = {name: read(answers["base"]) for name, read in readings.items()}
     points = [{"step": 0, "kl": 0.0, **{n: {"value": 0.0, "low": 0.0, "high": 0.0} for n in readings}}]
-    folders = snapshot_folders(evaluation.run)
-    prompts = [pair.messages for pair in evaluation.pairs]
-    size, seed = evaluation.config.ppo.batch_size, evaluation.settings.seed
-    with progress("preference: policies on the way", len(folders)) as report:
-        for i, (step, folder) in enumerate(folders):
-            if SNAPSHOT in base.base.configs:
-                base.base.replace_adapter(SNAPSHOT, folder)
-            else:
-                base.base.load_adapter(SNAPSHOT, folder)
-            content = digest(base.fingerprint, folder_fingerprint(folder))
-            arm = LoadedArm(f"step {step}", base.base, SNAPSHOT, base.tokenizer, content)
-            given = given_answers(arm, prompts, evaluation.sampling, size, seed, evaluation.cache)
-            points.append(_point(evaluation, arm, step, given, readings, of_base))
-            report(i + 1)
+    for step, folder in snapshot_folders(evaluation.run):
+        if SNAPSHOT in base.base.configs:
+            base.base.replace_adapter(SNAPSHOT, folder)
+        else:
+            base.base.load_adapter(SNAPSHOT, folder)
+        content = digest(base.fingerprint, folder_fingerprint(folder))
+        arm = LoadedArm(f"step {step}", base.base, SNAPSHOT, base.tokenizer, content)
+        points.append(_point(evaluation, arm, step, evaluation.answers_of(arm), readings, of_base))
     plus = evaluation.arms["plus"]
     points.append(_point(evaluation, plus, evaluation.config.ppo.total_steps, answers["plus"], readings, of_base))
     return points

@@ -111,11 +111,17 @@ def find_referee(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]) ->
 def _ordered_right(evaluation: Evaluation, source: RewardSource, pairs: Sequence[PreferencePair]) -> list[bool]:
     """Return for each pair whether the source scores the chosen answer above the rejected one."""
     prompts, columns = prompts_and_columns(pairs)
-    sides = []
-    for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
-        given = GivenAnswers(texts, [True] * len(pairs), [], [])
-        sides.append(source.scores(as_read_by_reward(evaluation.base_arm, prompts, given, columns)))
-    return (sides[0] > sides[1]).tolist()
+
+    def ordered() -> list[bool]:
+        sides = []
+        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
+            given = GivenAnswers(texts, [True] * len(pairs), [], [])
+            sides.append(source.scores(as_read_by_reward(evaluation.base_arm, prompts, given, columns)))
+        return (sides[0] > sides[1]).tolist()
+
+    rows = digest(*map(repr, pairs))
+    base = evaluation.base_arm.fingerprint
+    return evaluation.cache.result({"what": "right", "source": source.name, "base": base, "pairs": rows}, ordered)
 
 
 def folds_by_prompt(pairs: Sequence[PreferencePair]) -> dict[Any, int]:
