@@ -27,7 +27,7 @@ from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_mod
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
-from lora_rlhf.reward.sources import CombinedReward, ScoreScale, reward_sources, source_entries
+from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward, source_entries
 from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.terminal import arms_table, console, heading, note, progress, samples_table, step_heading, step_line
@@ -255,9 +255,8 @@ def compare_stage(session: Session) -> None:
 def _arms(session: Session, pairs: list[PreferencePair]) -> dict[str, ArmAnswers]:
     config, run, tokenizer = session.config, session.run, session.tokenizer
     base = _base_with_policy(session)
-    reward = CombinedReward(reward_sources(config, base, run / "reward_adapter"))
-    held = json.loads(run.needed("score_scales.json", "ppo").read_text(encoding="utf-8"))
-    reward.scales = {name: ScoreScale(**scale) for name, scale in held["scales"].items()}
+    run.needed("score_scales.json", "ppo")
+    reward = run_reward(config, base, run.path)
 
     def by_role(role: str) -> Callable[[], ArmAnswers]:
         return lambda: role_answers(base, role, tokenizer, pairs, reward, config, config.seed)

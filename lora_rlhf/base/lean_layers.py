@@ -64,11 +64,22 @@ def _product(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     flat = x.reshape(-1, x.shape[-1])
     y = nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
-    low = None
-    if a is not None and b is not None:
-        low = flat @ a.to(x.dtype).T
-        y.addmm_(low, b.to(x.dtype).T, alpha=scaling)
+    low = None if a is None or b is None else add_low_rank(y, flat, (a, b, scaling))
     return y.view(*x.shape[:-1], y.shape[-1]), low
+
+
+def add_low_rank(y: torch.Tensor, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float]) -> torch.Tensor:
+    """Add s · (x Aᵀ) Bᵀ to `y` [..., out] in place, without gradient; return x Aᵀ [rows, rank].
+
+    Args:
+        y: contiguous, in the dtype of `x`.
+        x: [..., in].
+        adapter: A [rank, in], B [out, rank] and s.
+    """
+    a, b, scaling = adapter
+    low = x.reshape(-1, x.shape[-1]) @ a.to(x.dtype).T
+    y.view(-1, y.shape[-1]).addmm_(low, b.to(x.dtype).T, alpha=scaling)
+    return low
 
 
 def lora_linear(

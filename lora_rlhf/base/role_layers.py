@@ -11,7 +11,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_rlhf.base.lean_layers import lora_linear, make_norms_and_mlps_lean
+from lora_rlhf.base.lean_layers import add_low_rank, lora_linear, make_norms_and_mlps_lean
+
+MixedRoles = tuple[tuple[str, slice], ...]
+"""Who is played on which rows of a batch."""
 
 
 class FrozenLinear:
@@ -41,9 +44,7 @@ class FrozenLinear:
         if self.copy is None and not torch.is_grad_enabled() and self.is_quantized:
             y = self.stock(x)
             if adapter is not None:
-                a, b, scaling = adapter
-                low = x.reshape(-1, x.shape[-1]) @ a.to(x.dtype).T
-                y.view(-1, y.shape[-1]).addmm_(low, b.to(x.dtype).T, alpha=scaling)
+                add_low_rank(y, x, adapter)
             return y
         return lora_linear(x, self.weight, self.layer.bias, adapter)
 
@@ -53,20 +54,26 @@ class FrozenLinear:
 
 
 class RoleLinear:
-    """The forward of a PEFT layer on a frozen linear one: the adapter of the role that is played, and no other."""
+    """The forward of a PEFT layer on a frozen linear one: the adapter of the role that is played, and no other.
 
-    def __init__(self, layer: Any, frozen: FrozenLinear, playing: Callable[[], str]) -> None:
+    Where several roles are played at once, each on its rows, the frozen product is taken once for all of them.
+    """
+
+    def __init__(self, layer: Any, frozen: FrozenLinear, playing: Callable[[], str | MixedRoles]) -> None:
         self.layer, self.frozen, self.playing = layer, frozen, playing
         self.stock = layer.forward
         self.folded = False
 
-    def __call__(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **rest: Any
-    ) -> torch.Tensor:
-        """Return the role's output; a mixed-adapter batch takes PEFT's own way."""
-        if adapter_names is not None:
-            return self.stock(x, *args, adapter_names=adapter_names, **rest)
-        return self.frozen.product(x, None if self.folded else self.adapter(self.playing()))
+    def __call__(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Return the output of the role, or of each row's own."""
+        playing = self.playing()
+        if isinstance(playing, str):
+            return self.frozen.product(x, None if self.folded else self.adapter(playing))
+        y = self.frozen.product(x, None)
+        for role, rows in playing:
+            if (adapter := self.adapter(role)) is not None:
+                add_low_rank(y[rows], x[rows].to(y.dtype), adapter)
+        return y
 
     def adapter(self, role: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """Return (A, B, scaling) of a role, or none where it has no adapter here."""
@@ -80,11 +87,11 @@ class RoleLayers:
 
     Args:
         model: PEFT model on a frozen transformers model; its adapters are named after roles.
-        playing: returns the role that is played; a name without adapter plays the base.
+        playing: returns the role that is played, or several with their rows; a name without adapter plays the base.
         dtype: what products are computed in.
     """
 
-    def __init__(self, model: nn.Module, playing: Callable[[], str], dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, playing: Callable[[], str | MixedRoles], dtype: torch.dtype) -> None:
         self.model, self.playing, self.dtype = model, playing, dtype
         self.device = next(model.parameters()).device
         self.frozen: dict[nn.Module, FrozenLinear] = {}

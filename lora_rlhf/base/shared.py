@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,22 +11,19 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
 from lora_rlhf.base.attention import PLAIN_MODELS, use_grouped_attention
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
-from lora_rlhf.base.role_layers import RoleLayers
+from lora_rlhf.base.role_layers import MixedRoles, RoleLayers
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.errors import UserError
 
 REFERENCE, POLICY, REWARD, VALUE, INSTRUCT = "reference", "policy", "reward", "value", "instruct"
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models whose logits are not just LM head times state."""
-MIXED_BASE = "__base__"
-"""PEFT's name, in a mixed-adapter batch, for rows that use no adapter."""
 
 
 class SharedBase:
@@ -70,7 +68,8 @@ class SharedBase:
         self.configs: dict[str, LoraConfig] = {POLICY: policy}
         self._active = POLICY
         self._expanded: str | None = None
-        self.layers = RoleLayers(self.model, lambda: self._active, compute_dtype)
+        self._mixed: MixedRoles | None = None
+        self.layers = RoleLayers(self.model, lambda: self._mixed or self._active, compute_dtype)
         self._after_new_adapter(POLICY, trainable=False)
         self.model.eval()
 
@@ -172,11 +171,29 @@ class SharedBase:
         finally:
             self._activate(before)
 
+    @contextlib.contextmanager
+    def mixed(self, roles: Sequence[str]) -> Iterator[None]:
+        """Play `roles[i]` on row i of every batch inside the block, without gradient; equal neighbours go together."""
+        spans, start = [], 0
+        for role, same in itertools.groupby(roles):
+            end = start + len(list(same))
+            spans.append((role, slice(start, end)))
+            start = end
+        with self.role(POLICY), torch.no_grad():
+            self._mixed = tuple(spans)
+            try:
+                yield
+            finally:
+                self._mixed = None
+
     def _activate(self, name: str) -> None:
         if name == self._active:
             return
-        if self._expanded is not None:
-            raise RuntimeError(f"the weights are expanded for {self._expanded}; no other role can be played meanwhile")
+        if self._expanded is not None or self._mixed is not None:
+            busy = (
+                "several roles are played at once" if self._mixed else f"the weights are expanded for {self._expanded}"
+            )
+            raise RuntimeError(f"{busy}; no other role can be played meanwhile")
         with self._trainability_kept():  # PEFT turns it on for the adapter it activates and off for the others
             if name == REFERENCE:
                 self.model.base_model.disable_adapter_layers()
@@ -249,19 +266,10 @@ class SharedBase:
     ) -> torch.Tensor:
         """Return what `hidden` does, row i under `roles[i]`: all roles in one pass over the 4-bit weights.
 
-        Only without gradient, in eval mode.
+        Only without gradient.
         """
-        names = [MIXED_BASE if role == REFERENCE else role for role in roles]
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        hooks = {layer: set(layer._forward_pre_hooks) for layer in layers}
-        try:
-            with self.role(POLICY), self.model._enable_peft_forward_hooks(adapter_names=names):
-                return self._forward(ids, mask, common)
-        except BaseException:  # PEFT leaves its hooks behind then
-            for layer, before in hooks.items():
-                for key in set(layer._forward_pre_hooks) - before:
-                    del layer._forward_pre_hooks[key]
-            raise
+        with self.mixed(roles):
+            return self._forward(ids, mask, common)
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, common: torch.Tensor | None = None) -> torch.Tensor:
         if common is None:

@@ -18,7 +18,7 @@ from lora_rlhf.evaluation.answers import GivenAnswers, as_read_by_reward
 from lora_rlhf.evaluation.context import Evaluation
 from lora_rlhf.evaluation.loaded_arms import adapter_folder, digest, folder_fingerprint, model_fingerprint
 from lora_rlhf.evaluation.statistics import wilson_interval
-from lora_rlhf.reward.sources import AdapterReward, Answers, CombinedReward, RewardSource, ScoreScale, reward_sources
+from lora_rlhf.reward.sources import AdapterReward, Answers, CombinedReward, RewardSource, reward_sources, run_reward
 from lora_rlhf.reward.training import train_reward_adapter
 from lora_rlhf.terminal import note
 
@@ -63,8 +63,7 @@ def own_reading(evaluation: Evaluation) -> Reading | None:
     def read(given: GivenAnswers) -> list[float]:
         def scored() -> list[float]:
             if not reward:
-                reward.append(CombinedReward(reward_sources(config, evaluation.base_arm.base, adapter)))
-                reward[0].scales = {name: ScoreScale(**scale) for name, scale in scales.items()}
+                reward.append(run_reward(config, evaluation.base_arm.base, run))
             return reward[0].scores(_read(evaluation, given))[0].tolist()
 
         key = {"what": "reward", "sources": [content, scales, config.ppo.reward_sources], **_rows(evaluation, given)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,6 +227,20 @@ def reward_sources(config: RunConfig, base: SharedBase, own_adapter: Path) -> li
         else:
             sources.append(FunctionReward(_function(str(entry.path), entry.where), entry.name, entry.weight))
     return sources
+
+
+def run_reward(config: RunConfig, base: SharedBase, run: Path) -> CombinedReward:
+    """Return the reward of the run in `run`, in standard deviations of the reference's own answers.
+
+    Raises:
+        UserError: what `reward_sources` raises, or the run's scales cannot be read.
+    """
+    try:
+        held = json.loads((run / "score_scales.json").read_text(encoding="utf-8"))["scales"]
+        scales = {name: ScoreScale(**scale) for name, scale in held.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run / 'score_scales.json'} is no file of score scales: {error}") from None
+    return CombinedReward(reward_sources(config, base, run / OWN_ADAPTER), scales)
 
 
 def _classifier(config: RunConfig, path: str, name: str, weight: float, where: str) -> ClassifierReward:
