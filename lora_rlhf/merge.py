@@ -79,8 +79,8 @@ def model_logprobs(
     return logprobs
 
 
-def write_merged(model: Any, tokenizer: Any, sampling: Sampling, folder: Path) -> None:
-    """Write weights (safetensors), tokenizer, chat template and generation config, whole or not at all."""
+def set_generation(model: Any, tokenizer: Any, sampling: Sampling) -> None:
+    """Let `generate` of a plain model sample as training did, and end where the tokenizer's answers end."""
     generation = model.generation_config
     generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id
@@ -93,6 +93,11 @@ def write_merged(model: Any, tokenizer: Any, sampling: Sampling, folder: Path) -
     generation.max_new_tokens = sampling.response_length
     # stop strings stay out: `generate` refuses them without a tokenizer, and pipelines pass it none
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+
+def write_merged(model: Any, tokenizer: Any, sampling: Sampling, folder: Path) -> None:
+    """Write weights (safetensors), tokenizer, chat template and generation config, whole or not at all."""
+    set_generation(model, tokenizer, sampling)
     half = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(half, ignore_errors=True)
     with quiet_transformers():

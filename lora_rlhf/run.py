@@ -23,6 +23,7 @@ STAGES = ("base", "reward", "instruct", "ppo", "merge", "compare")
 CONTENTS = (
     "config.yaml", "summary.json", "metrics.jsonl", "curves.png", "score_scales.json", "samples.json",
     "reward_adapter", "instruct_adapter", "policy_adapter", "policy_snapshots", "value_adapter", "merged", "evaluation",
+    "hub",
 )  # fmt: skip
 PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "unsloth")
 
@@ -57,15 +58,7 @@ class RunDirectory:
     @property
     def summary(self) -> dict[str, Any]:
         """What finished stages reported so far."""
-        try:
-            held = json.loads((self / "summary.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError:  # no JSON, or no UTF-8
-            held = None
-        if not isinstance(held, dict) or not isinstance(held.get("seconds", {}), dict):
-            raise UserError(f"{self / 'summary.json'} is damaged; delete it to run the stages again")
-        return held
+        return run_summary(self.path)
 
     def finished(self, stage: str) -> bool:
         """Return whether `stage` needs no more work."""
@@ -122,6 +115,19 @@ class RunDirectory:
                 f"Choose another --output_dir, start afresh with --overwrite_output_dir, or go on with "
                 f"--config {self / 'config.yaml'}"
             )
+
+
+def run_summary(folder: Path) -> dict[str, Any]:
+    """Return what the finished stages of the run in `folder` reported; raise `UserError` where it is damaged."""
+    try:
+        held = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:  # no JSON, or no UTF-8
+        held = None
+    if not isinstance(held, dict) or not isinstance(held.get("seconds", {}), dict):
+        raise UserError(f"{folder / 'summary.json'} is damaged; delete it to run the stages again")
+    return held
 
 
 def write_text(path: Path, text: str) -> None:

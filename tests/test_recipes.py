@@ -17,7 +17,7 @@ from lora_rlhf.base.loading import resolved_model
 from lora_rlhf.config_file import config_from_file
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-STAGES_OF_A_RUN = [path for path in RECIPES if path.name != "evaluate.py"]
+STAGES_OF_A_RUN = [path for path in RECIPES if path.name not in ("evaluate.py", "push_to_hub.py")]
 ADAPTERS = ("reward_adapter", "instruct_adapter", "policy_adapter", "value_adapter")
 
 

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: what is pushed of a run, its model card, and the push itself."""

@@ -1,0 +1,285 @@
+"""Pushing a folder to the Hugging Face Hub: one commit, a tag for the run, and again as often as it is interrupted.
+
+A push begins with what the repository holds, so that repeating it whole is safe: large files that arrived are not sent
+again, a commit that was made is recognised by `run.json`, and a missing tag is made up.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
+
+from lora_rlhf.errors import UserError
+from lora_rlhf.hub.folder import RUN_FILE, HubFolder
+from lora_rlhf.terminal import console, note
+
+Outcome = Literal["pushed", "replaced", "updated", "tagged", "nothing to do"]
+
+PAUSES_S = (1.0, 3.0, 9.0)
+"""Waits before a push that failed for a passing reason is repeated, where the Hub does not name its own."""
+LONGEST_WAIT_S = 120
+"""A wait that the Hub asks for beyond this is left to the user."""
+SERVERS_OWN = (".gitattributes",)
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What came of a push: the repository's address, the commit and tag that hold the run, and what was done for it."""
+
+    url: str
+    commit: str
+    tag: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a repository holds before a push: its head, files, tags, and `run.json` where it is one of ours."""
+
+    head: str
+    private: bool
+    files: frozenset[str]
+    tags: frozenset[str]
+    run: dict[str, Any] | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody has put anything there."""
+        return self.files <= set(SERVERS_OWN)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """An error in words, whether it may pass by itself, and how long the Hub asks to wait."""
+
+    text: str
+    passing: bool = False
+    wait_s: float | None = None
+
+
+def check_repo_id(repo_id: str, option: str = "--repo_id") -> None:
+    """Raise `UserError` where `repo_id` is not OWNER/NAME as the Hub writes names."""
+    if not re.fullmatch(f"{_NAME}/{_NAME}", repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        raise UserError(
+            f"{option}: {repo_id!r} is no name of a repository; write OWNER/NAME, such as you/mistral-plus-lora, with "
+            "letters, digits, '-', '_' and '.', a letter or digit at both ends of each, and no '--', '..' or '.git'"
+        )
+
+
+def push(folder: HubFolder, repo_id: str, private: bool = False, force: bool = False) -> Pushed:
+    """Make `repo_id` hold `folder`, in one commit on top of what it holds, and tag it.
+
+    Args:
+        folder: what is pushed.
+        repo_id: OWNER/NAME; created where it is missing.
+        private: create it as a private one.
+        force: replace whatever it holds; earlier commits stay in its history.
+
+    Raises:
+        UserError: not logged in, no right, another run there, no network, or the Hub refuses.
+    """
+    check_repo_id(repo_id)
+    api = HfApi(library_name="lora_rlhf", library_version=version("lora-rlhf"))
+    with _quiet_hub():
+        for pause in (*PAUSES_S, None):
+            trouble = None
+            try:
+                return _pushed(api, folder, repo_id, private, force)
+            except (httpx.HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
+                trouble = hub_trouble(error, repo_id)
+            wait = pause if trouble.wait_s is None else trouble.wait_s
+            if not trouble.passing or pause is None or wait is None or wait > LONGEST_WAIT_S:
+                raise UserError(without_token(trouble.text))
+            note(without_token(f"  {trouble.text}: trying again in {wait:g} s"))
+            time.sleep(wait)
+    raise AssertionError("a push ends or raises")
+
+
+def _pushed(api: HfApi, folder: HubFolder, repo_id: str, private: bool, force: bool) -> Pushed:
+    api.whoami(cache=True)
+    held = _held(api, repo_id)
+    if held is None:
+        api.create_repo(repo_id, private=True if private else None, exist_ok=True)
+        held = _held(api, repo_id)
+    if held is None:
+        raise UserError(f"{repo_id} is there and cannot be read: does the token have read access to it?")
+    if private and not held.private:
+        raise UserError(
+            f"--private: {repo_id} exists and is public. Make it private in its settings on the Hub first, choose "
+            "another --repo_id, or leave --private out"
+        )
+    ours = held.run is not None and held.run["run"] == folder.tag
+    url, commit = f"{api.endpoint}/{repo_id}", held.head
+    if held.run is not None and ours and held.run["files"] == folder.files:
+        outcome: Outcome = "nothing to do" if folder.tag in held.tags else "tagged"
+    else:
+        if not (ours or held.empty or force):
+            raise UserError(_occupied(repo_id, held))
+        outcome = "pushed" if held.empty else "updated" if ours else "replaced"
+        gone = _gone(folder, held, everything=not ours)
+        commit = api.create_commit(
+            repo_id,
+            [*_additions(folder), *(CommitOperationDelete(name, is_folder=False) for name in gone)],
+            commit_message=f"{'Update' if ours else 'Push'} {folder.tag} with lora_rlhf {version('lora-rlhf')}",
+            parent_commit=held.head,
+        ).oid
+    if folder.tag not in held.tags:
+        api.create_tag(repo_id, tag=folder.tag, revision=commit, exist_ok=True)
+    return Pushed(url, commit, folder.tag, outcome)
+
+
+def _held(api: HfApi, repo_id: str) -> Held | None:
+    """Return what the repository holds; none where there is none."""
+    try:
+        info = api.model_info(repo_id)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return None
+    files = frozenset(sibling.rfilename for sibling in info.siblings or ())
+    tags = frozenset(tag.name for tag in api.list_repo_refs(repo_id).tags)
+    run = None
+    if RUN_FILE in files:
+        run = _run_of(Path(api.hf_hub_download(repo_id, RUN_FILE, revision=info.sha)))
+    return Held(str(info.sha), bool(info.private), files, tags, run)
+
+
+def _run_of(file: Path) -> dict[str, Any] | None:
+    """Return the content of a `run.json`; none where it is not one that this package wrote."""
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    whole = isinstance(run, dict) and isinstance(run.get("files"), dict)
+    return run if whole and "lora_rlhf" in run and isinstance(run.get("run"), str) else None
+
+
+def _additions(folder: HubFolder) -> Iterator[CommitOperationAdd]:
+    for name in folder.sizes():
+        yield CommitOperationAdd(name, folder.path / name)
+
+
+def _gone(folder: HubFolder, held: Held, everything: bool) -> list[str]:
+    """Return the files of the repository that the push takes away: all it lacks, or those of the run's last push."""
+    theirs = held.files if everything or held.run is None else held.files & held.run["files"].keys()
+    return sorted(theirs - folder.files.keys() - {RUN_FILE, *SERVERS_OWN})
+
+
+def _occupied(repo_id: str, held: Held) -> str:
+    if held.run is None:
+        what = f"files that lora_rlhf did not push ({', '.join(sorted(held.files - set(SERVERS_OWN))[:3])}, …)"
+    else:
+        what = f"another push ({held.run.get('kind')}, {held.run['run']})"
+    return (
+        f"{repo_id} holds {what}, which this one would replace. Choose another --repo_id, or replace it with --force "
+        "(its earlier commits stay in the history)"
+    )
+
+
+def hub_trouble(error: BaseException, repo_id: str) -> Trouble:
+    """Return in words what went wrong between here and the Hub."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, LocalTokenNotFoundError):
+            return Trouble(
+                "not logged in to the Hub: run `hf auth login`, or set HF_TOKEN to a token with write access"
+            )
+        if isinstance(link, OfflineModeIsEnabled):
+            return Trouble("HF_HUB_OFFLINE is set, so that nothing can be pushed: unset it, or look with --dry_run")
+        if isinstance(link, HfHubHTTPError):
+            return _refusal(link, repo_id)
+        if isinstance(link, httpx.UnsupportedProtocol | httpx.InvalidURL):
+            return Trouble(f"HF_ENDPOINT is no address of a Hub: {_first_line(link)}")
+        if isinstance(link, httpx.ConnectError):
+            return Trouble("the Hub cannot be reached: check the network (and HF_ENDPOINT, where it is set)", True)
+        if isinstance(link, httpx.TransportError):
+            return Trouble(f"the connection to the Hub was lost ({type(link).__name__}): {AGAIN}", True)
+        if type(link).__name__ == "XetAuthenticationError":
+            return Trouble(f"no right to upload to {repo_id}: use a token with write access")
+        if isinstance(link, ConnectionError | TimeoutError):  # xet's client has no errors of its own for these
+            return Trouble(
+                f"the upload broke off ({_first_line(link)}): {AGAIN} (HF_HUB_DISABLE_XET=1 takes another way)", True
+            )
+    if isinstance(error, KeyError):
+        return Trouble(f"the Hub gave an answer without {error}: {AGAIN}", True)
+    return Trouble(f"the push to {repo_id} failed: {_first_line(error)}. {AGAIN.capitalize()}")
+
+
+AGAIN = "the same command goes on, and what arrived is not sent again"
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str) -> Trouble:
+    status, headers = error.response.status_code, error.response.headers
+    said = f" ({_first_line(error.server_message)})" if error.server_message else ""
+    if isinstance(error, GatedRepoError):
+        return Trouble(
+            f"{repo_id} is gated, and this account has no access: ask its owner, or choose another --repo_id"
+        )
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return Trouble("the Hub does not know the token: run `hf auth login`, or set HF_TOKEN to a valid one")
+    if status == 403:
+        return Trouble(
+            f"no right to write to {repo_id}{said}: use a token with write access "
+            "(https://huggingface.co/settings/tokens), and an --repo_id of your own or of an organisation you are in"
+        )
+    if status in (401, 404):
+        return Trouble(f"the Hub has no {repo_id}, or not for this account{said}: check the owner's name in --repo_id")
+    if status in (409, 412):
+        return Trouble(f"{repo_id} was changed by someone else meanwhile{said}", True)
+    if status == 429:
+        asked = headers.get("Retry-After", "")
+        wait = float(asked) if asked.isdigit() else None
+        when = f"; it asks to wait {wait:g} s" if wait is not None else ""
+        return Trouble(f"the Hub has had too many requests{when}: {AGAIN}", True, wait)
+    if status == 408 or status >= 500:
+        return Trouble(f"the Hub has trouble of its own (HTTP {status}){said}: {AGAIN}", True)
+    return Trouble(f"the Hub refuses the push to {repo_id} (HTTP {status}){said}")
+
+
+def without_token(text: str) -> str:
+    """Return `text` without the token that is in use, whoever put it there."""
+    token = get_token()
+    return text.replace(token, "***") if token else text
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Hold back the client's warnings, which print signed addresses of uploads, and its bars where no one sees them."""
+    level, bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
+    hub_logging.set_verbosity_error()
+    if bars and not console.is_terminal:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+        if bars and not console.is_terminal:
+            enable_progress_bars()
