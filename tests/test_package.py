@@ -52,10 +52,17 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
         "lora_rlhf/data/embedded/train.jsonl",
         "lora_rlhf/data/embedded/test.jsonl",
         "lora_rlhf/evaluation/bad_words.txt",
+        "demo/page.css",
+        "demo/page.js",
     ],
 )
-def test_the_wheel_holds_the_files_that_the_library_reads(wheel: zipfile.ZipFile, name: str) -> None:
-    assert wheel.read(name) == (ROOT / name).read_bytes()
+def test_the_wheel_holds_the_files_that_the_package_reads(wheel: zipfile.ZipFile, name: str) -> None:
+    assert wheel.read(in_wheel(name)) == (ROOT / name).read_bytes()
+
+
+def in_wheel(name: str) -> str:
+    """The demo is a package of its own there: `demo` alone would be anybody's."""
+    return re.sub("^demo/", "lora_rlhf_demo/", name)
 
 
 def test_the_wheel_holds_the_licence(wheel: zipfile.ZipFile) -> None:
@@ -63,10 +70,17 @@ def test_the_wheel_holds_the_licence(wheel: zipfile.ZipFile) -> None:
     assert wheel.read(name) == (ROOT / "LICENSE").read_bytes()
 
 
-def test_the_wheel_holds_every_module_and_nothing_but_the_library(wheel: zipfile.ZipFile) -> None:
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "lora_rlhf").rglob("*.py")}
+def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    folders = [ROOT / "lora_rlhf", ROOT / "demo"]
+    modules = {in_wheel(str(path.relative_to(ROOT))) for folder in folders for path in folder.rglob("*.py")}
     assert {name for name in wheel.namelist() if name.endswith(".py")} == modules
-    assert {name.split("/")[0].partition("-")[0] for name in wheel.namelist()} == {"lora_rlhf"}
+    tops = {name.split("/")[0].partition("-")[0] for name in wheel.namelist()}
+    assert tops == {"lora_rlhf", "lora_rlhf_demo"}
+
+
+def test_the_demo_is_a_command(wheel: zipfile.ZipFile) -> None:
+    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/entry_points.txt"))
+    assert "lora-rlhf-demo = lora_rlhf_demo.app:run" in wheel.read(name).decode()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +107,7 @@ def test_what_the_library_imports_is_required_or_an_extra(metadata: Message) -> 
     lines = metadata.get_all("Requires-Dist", [])
     required = {re.split(r"[^\w-]", line)[0].lower() for line in lines if "extra ==" not in line}
     comes_with = {"yaml": "pyyaml", "numpy": "scipy"}
-    comes_with |= dict.fromkeys(["huggingface_hub", "safetensors", "tokenizers"], "transformers")
+    comes_with |= dict.fromkeys(["safetensors", "tokenizers"], "transformers")
     assert {comes_with.get(name, name) for name in imported_packages()} - {"unsloth", "lm_eval"} <= required
 
 

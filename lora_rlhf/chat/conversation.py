@@ -56,7 +56,7 @@ class Conversation:
         return self.blind and self.voted is None
 
     def messages(self, arm: str, turns: int | None = None) -> list[Message]:
-        """Return what `arm` is asked to go on from: its own history, and the last message of the first `turns` turns."""
+        """Return what `arm` goes on from: its own history, and the last message of the first `turns` turns."""
         shown = self.turns[:turns]
         found: list[Message] = [{"role": "system", "content": shown[-1].system}] if shown[-1].system else []
         for turn in shown:

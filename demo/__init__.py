@@ -1,0 +1,1 @@
+"""The chat page: base, Instruct and Plus side by side."""
