@@ -54,3 +54,10 @@ def test_exponents_and_memory_over_steps() -> None:
 def test_predicted_and_measured_peak_of_the_wide_shape() -> None:
     found = figures("memory.py", "--only", "7")["shapes"]["wide Mistral"]
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.3)
+
+
+def test_arms_together_and_alone() -> None:
+    found = figures(
+        "chat.py", "--model", "tiny", "--dtype", "float32", "--prompt", "8", "--tokens", "4", "--rounds", "1"
+    )
+    assert found["ratio"] > 0 and len(found["seconds"]) == 8

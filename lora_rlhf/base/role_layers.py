@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -12,9 +13,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_rlhf.base.lean_layers import add_low_rank, lora_linear, make_norms_and_mlps_lean
-
-MixedRoles = tuple[tuple[str, slice], ...]
-"""Who is played on which rows of a batch."""
 
 
 class FrozenLinear:
@@ -70,9 +68,7 @@ class RoleLinear:
         if isinstance(playing, str):
             return self.frozen.product(x, None if self.folded else self.adapter(playing))
         y = self.frozen.product(x, None)
-        for role, rows in playing:
-            if (adapter := self.adapter(role)) is not None:
-                add_low_rank(y[rows], x[rows].to(y.dtype), adapter)
+        playing.add_adapters(self, x.to(y.dtype), y)
         return y
 
     def adapter(self, role: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -80,6 +76,44 @@ class RoleLinear:
         if role not in self.layer.lora_A:
             return None
         return self.layer.lora_A[role].weight, self.layer.lora_B[role].weight, self.layer.scaling[role]
+
+
+Factors = tuple[torch.Tensor, torch.Tensor, tuple[tuple[str, int, float], ...]]
+"""A [Σ rank, in] and B [out, Σ rank] of several roles side by side, and (role, rank, scaling) of each part."""
+
+
+class MixedRoles:
+    """Who is played on which row of a batch.
+
+    Args:
+        roles: of each row.
+        side_by_side: from `RoleLayers.side_by_side`, for many passes with adapters that do not change: one product with
+            the factors of all roles takes the place of one for each, and they are cast once.
+    """
+
+    def __init__(self, roles: Sequence[str], side_by_side: Mapping[RoleLinear, Factors] | None = None) -> None:
+        self.roles, self.factors = tuple(roles), side_by_side
+        ends = list(itertools.accumulate(len(list(same)) for _, same in itertools.groupby(roles)))
+        self.spans = [(roles[end - 1], slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+        self._scales: dict[tuple[tuple[str, int, float], ...], torch.Tensor] = {}
+
+    def add_adapters(self, layer: RoleLinear, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add to `y` [rows, length, out] what each row's adapter makes of `x` [rows, length, in], without gradient."""
+        if self.factors is None:
+            for role, rows in self.spans:
+                if (adapter := layer.adapter(role)) is not None:
+                    add_low_rank(y[rows], x[rows], adapter)
+        elif layer in self.factors:
+            a, b, parts = self.factors[layer]
+            low = (x @ a.T).mul_(self._scale(parts, x))
+            y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), b.T)
+
+    def _scale(self, parts: tuple[tuple[str, int, float], ...], like: torch.Tensor) -> torch.Tensor:
+        """Return [rows, 1, Σ rank]: the scaling where a row has that role, else 0."""
+        if parts not in self._scales:
+            rows = [[s if own == role else 0.0 for own, rank, s in parts for _ in range(rank)] for role in self.roles]
+            self._scales[parts] = torch.tensor(rows, dtype=like.dtype, device=like.device)[:, None]
+        return self._scales[parts]
 
 
 class RoleLayers:
@@ -113,6 +147,18 @@ class RoleLayers:
             if layer not in self.adapted:
                 role = RoleLinear(layer, self.frozen[layer.get_base_layer()], self.playing)
                 self.adapted[layer] = layer.forward = role
+
+    def side_by_side(self, roles: Iterable[str]) -> dict[RoleLinear, Factors]:
+        """Return copies of the adapters of `roles` in the compute dtype, side by side, for `MixedRoles`."""
+        found: dict[RoleLinear, Factors] = {}
+        wanted = list(dict.fromkeys(roles))
+        for layer in self.adapted.values():
+            held = [(role, *adapter) for role in wanted if (adapter := layer.adapter(role)) is not None]
+            if held:
+                a = torch.cat([a.detach() for _, a, _, _ in held]).to(self.dtype)
+                b = torch.cat([b.detach() for _, _, b, _ in held], 1).to(self.dtype)
+                found[layer] = (a, b, tuple((role, len(a), scaling) for role, a, _, scaling in held))
+        return found
 
     def copy_bytes(self) -> int:
         """Return what a working copy takes, at most: one with a role folded in."""

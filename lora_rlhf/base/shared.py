@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -172,15 +171,10 @@ class SharedBase:
             self._activate(before)
 
     @contextlib.contextmanager
-    def mixed(self, roles: Sequence[str]) -> Iterator[None]:
-        """Play `roles[i]` on row i of every batch inside the block, without gradient; equal neighbours go together."""
-        spans, start = [], 0
-        for role, same in itertools.groupby(roles):
-            end = start + len(list(same))
-            spans.append((role, slice(start, end)))
-            start = end
+    def mixed(self, roles: MixedRoles) -> Iterator[None]:
+        """Play each row's role inside the block, without gradient."""
         with self.role(POLICY), torch.no_grad():
-            self._mixed = tuple(spans)
+            self._mixed = roles
             try:
                 yield
             finally:
@@ -268,7 +262,7 @@ class SharedBase:
 
         Only without gradient.
         """
-        with self.mixed(roles):
+        with self.mixed(MixedRoles(roles)):
             return self._forward(ids, mask, common)
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, common: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_rlhf.base.packing import right_padded
+from lora_rlhf.base.role_layers import Factors, RoleLinear
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.chat.mixed_decoding import ChatSampling, MixedDecoding
 from lora_rlhf.chat.prompts import clean_text, fitted_prompt, harmless_answer_ids
@@ -81,7 +82,9 @@ class ChatComparison:
         self.score_unit = None if reward is None else "base's sd" if reward.scales else "raw"
         self.under_way = 0
         self._copies = contextlib.ExitStack()  # 16-bit weights where memory has room: a third faster
+        self._adapters: dict[SharedBase, dict[RoleLinear, Factors]] = {}
         for base in dict.fromkeys(arm.base for arm in self.arms.values()):
+            self._adapters[base] = base.layers.side_by_side(a.role for a in self.arms.values() if a.base is base)
             if base.layers.has_room_for_copy():
                 self._copies.enter_context(base.layers.working_copy())
         self._model_in_use = threading.Lock()  # held for one token at a time
@@ -146,7 +149,8 @@ class ChatComparison:
         for base, names in by_base.items():
             roles = [self.arms[name].role for name in names]
             rows = [prompts[name] for name in names]
-            found.append((names, MixedDecoding(base, roles, rows, self.arms[names[0]].tokenizer, sampling)))
+            tokenizer, adapters = self.arms[names[0]].tokenizer, self._adapters.get(base)
+            found.append((names, MixedDecoding(base, roles, rows, tokenizer, sampling, adapters)))
         return found
 
     def _read(self, names: list[str], decoding: MixedDecoding, answers: dict[str, Answer], seconds: float) -> None:

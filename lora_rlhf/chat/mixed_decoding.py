@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from transformers import TopPLogitsWarper
 
 from lora_rlhf.base.packing import left_padded
+from lora_rlhf.base.role_layers import Factors, MixedRoles, RoleLinear
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.errors import UserError
 from lora_rlhf.ppo.decoding import chosen_tokens, ending_ids
@@ -52,6 +53,14 @@ class ChatSampling:
 class MixedDecoding:
     """One answer per role in the making; each `step` gives one more token to every answer that has not ended.
 
+    Args:
+        base: what the roles are played on.
+        roles: who answers.
+        prompts: token ids for each role.
+        tokenizer: of the base.
+        sampling: checked.
+        side_by_side: adapters of these roles (and others) from the base's layers, if they are there already.
+
     Attributes:
         tokens: sampled token ids of each row so far; the EOS that ended an answer is one of them.
         ended: whether each row ended by EOS.
@@ -65,8 +74,11 @@ class MixedDecoding:
         prompts: Sequence[Sequence[int]],
         tokenizer: Any,
         sampling: ChatSampling,
+        side_by_side: Mapping[RoleLinear, Factors] | None = None,
     ) -> None:
         self.base, self.roles, self.sampling = base, list(roles), sampling
+        self._adapters = base.layers.side_by_side(roles) if side_by_side is None else side_by_side
+        self._playing = MixedRoles(self.roles, self._adapters)
         self.tokens: list[list[int]] = [[] for _ in roles]
         self.ended = [False] * len(roles)
         self.live = list(range(len(roles)))
@@ -80,7 +92,7 @@ class MixedDecoding:
     def step(self) -> None:
         """Sample one token for every live row; rows that end leave the batch."""
         base = self.base
-        with base.mixed([self.roles[row] for row in self.live]), base.autocast():
+        with base.mixed(self._playing), base.autocast():
             states = base.trunk(
                 input_ids=self._ids,
                 attention_mask=self._mask,
@@ -105,6 +117,7 @@ class MixedDecoding:
             return
         self.live = [self.live[i] for i in kept]
         if kept:
+            self._playing = MixedRoles([self.roles[row] for row in self.live], self._adapters)
             keep = torch.tensor(kept, device=self._ids.device)
             self._cache.batch_select_indices(keep)
             self._ids, self._mask, self._positions = self._ids[keep], self._mask[keep], self._positions[keep]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from lora_rlhf.base.role_layers import FrozenLinear, RoleLayers, dequantized_weight
+from lora_rlhf.base.role_layers import FrozenLinear, MixedRoles, RoleLayers, dequantized_weight
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 
 MakeBase = Callable[..., SharedBase]
@@ -58,6 +59,54 @@ def test_every_role_has_pefts_states_and_gradients(
     for one, other in zip(*found, strict=True):
         largest = other.abs().max().item()  # gradients run into hundreds, and cancel in places
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("cast_once", [False, True], ids=["one after the other", "side by side"])
+@pytest.mark.parametrize("held", [True, False], ids=["working copy", "4-bit weights"])
+def test_each_row_has_the_states_of_its_own_role(
+    make_base: MakeBase, rows: tuple[torch.Tensor, torch.Tensor], cast_once: bool, held: bool
+) -> None:
+    """With adapters of other ranks, scalings and layers, in any order of rows."""
+    base = make_base()
+    for name, rank, modules in (("small", 2, ["q_proj", "down_proj"]), ("wide", 6, ["v_proj"])):
+        base.new_adapter(name, LoraConfig(r=rank, lora_alpha=9, target_modules=modules), trainable=False)
+        with torch.no_grad():
+            for i, parameter in enumerate(base.parameters(name)):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    roles = ["wide", REFERENCE, POLICY, "small", "wide", REWARD]
+    ids, mask = (torch.cat([part, part.flip(0)]) for part in rows)
+    everyone = base.layers.side_by_side(name for name in [VALUE, *roles]) if cast_once else None
+    with base.layers.working_copy() if held else contextlib.nullcontext():
+        with base.mixed(MixedRoles(roles, everyone)):
+            together = base._forward(ids, mask)
+        with torch.no_grad():
+            for i, role in enumerate(roles):
+                alone = base.hidden(role, ids[i : i + 1], mask[i : i + 1])[0]
+                torch.testing.assert_close(together[i], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[3], atol=0.1)
+
+
+def test_adapters_side_by_side_stay_as_they_were(make_base: MakeBase, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
+    base = make_base()
+    kept = base.layers.side_by_side([POLICY])
+    with torch.no_grad():
+        before = base.hidden(POLICY, *rows)
+        for parameter in base.parameters(POLICY):
+            parameter.zero_()
+        with base.mixed(MixedRoles([POLICY] * 3, kept)):
+            torch.testing.assert_close(base._forward(*rows), before, rtol=1e-4, atol=1e-4)
+
+
+def test_no_role_is_switched_while_several_are_played(make_base: MakeBase) -> None:
+    base = make_base()
+    with (
+        base.mixed(MixedRoles([POLICY, REFERENCE])),
+        pytest.raises(RuntimeError, match="several roles are played at once"),
+        base.role(REWARD),
+    ):
+        pass
+    with base.role(REWARD):
+        assert base.model.active_adapter == REWARD
 
 
 def test_a_working_copy_is_the_dequantised_weight_and_leaves_no_trace(make_base: MakeBase) -> None:
