@@ -52,7 +52,7 @@ def vote_table_markup(rows: Sequence[dict[str, Any]], ties: int) -> str:
     return (
         "<table><caption>Blind votes on these models: voted best, and the share with its 95 % interval</caption>"
         "<thead><tr><th scope='col'>model</th><th scope='col'>votes</th><th scope='col'>share</th></tr></thead>"
-        f"<tbody>{cells}</tbody></table><p>{decided} votes took a side, {ties} saw no difference.</p>"
+        f"<tbody>{cells}</tbody></table><p>Votes that took a side: {decided}; that saw no difference: {ties}.</p>"
     )
 
 
