@@ -11,7 +11,7 @@ import gradio as gr
 from lora_rlhf.chat.comparison import ChatComparison
 from lora_rlhf.evaluation.loaded_arms import TITLES
 
-from .markup import figures_markup, status_markup
+from .markup import status_markup
 from .session import COLUMN_NAMES
 
 EXAMPLES = (
@@ -31,7 +31,7 @@ class Parts:
     """The components that events read and change."""
 
     state: gr.State
-    browser: gr.BrowserState
+    kept: gr.Textbox
     chatbots: list[gr.Chatbot]
     figures: list[gr.HTML]
     status: gr.HTML
@@ -70,7 +70,7 @@ class Parts:
     def view(self) -> list[gr.blocks.Block]:
         """Everything that shows the conversation."""
         texts = [*self.chatbots, *self.figures, self.status]
-        return [self.state, self.browser, *texts, self.stop, *self.idle, self.voting, self.vote_table]
+        return [self.state, self.kept, *texts, self.stop, *self.idle, self.voting, self.vote_table]
 
 
 def laid_out(comparison: ChatComparison, first: object, table: str, report: Path | None) -> Parts:
@@ -87,8 +87,8 @@ def laid_out(comparison: ChatComparison, first: object, table: str, report: Path
         "One message, answered by every model at once. Enter sends, Shift+Enter breaks the line. "
         "One message is answered at a time; others wait in a queue, and see their place in it."
     )
-    state, browser = gr.State(first), gr.BrowserState(storage_key="lora-rlhf-conversation")
-    exported, file_name = gr.Textbox(visible=False), gr.Textbox(visible=False)
+    state = gr.State(first)
+    kept, exported, file_name = (gr.Textbox("", visible=False) for _ in range(3))
     chatbots, figures = _columns(list(comparison.arms))
     status = gr.HTML(status_markup("Ready."), elem_id="status")
     message = gr.Textbox(
@@ -111,7 +111,7 @@ def laid_out(comparison: ChatComparison, first: object, table: str, report: Path
         votes.append(gr.Button("No difference", elem_id="vote_tie", min_width=80))
     gr.Examples([[text] for text in EXAMPLES], [message], label="Examples", api_visibility="private")
     with gr.Accordion("Settings", open=False, elem_id="settings"):
-        hint = "Shuffle the columns and hide their names until you vote. Begins a new conversation."
+        hint = "Shuffle the columns and hide their names until you vote. Begins anew; a reload ends a blind round."
         blind = gr.Checkbox(label="Blind", info=hint, elem_id="blind")
         system = gr.Textbox("", label="System prompt", lines=2, info="Empty: what the chat template says.")
         with gr.Row():
@@ -130,7 +130,7 @@ def laid_out(comparison: ChatComparison, first: object, table: str, report: Path
             if report is not None and report.is_file():
                 gr.DownloadButton("Evaluation report (HTML)", value=str(report), elem_id="report")
     return Parts(
-        state, browser, chatbots, figures, status, message, send, stop, retry, undo, clear, kl, voting, votes, blind,
+        state, kept, chatbots, figures, status, message, send, stop, retry, undo, clear, kl, voting, votes, blind,
         system, temperature, top_p, max_tokens, seed, vote_table, export_json, export_markdown, exported, file_name,
     )  # fmt: skip
 
@@ -151,5 +151,5 @@ def _columns(arms: Sequence[str]) -> tuple[list[gr.Chatbot], list[gr.HTML]]:
                         elem_id=f"chat_{len(chatbots)}",
                     )
                 )
-                figures.append(gr.HTML(figures_markup(None, None, False), elem_id=f"figures_{len(figures)}"))
+                figures.append(gr.HTML("", elem_id=f"figures_{len(figures)}"))
     return chatbots, figures

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from lora_rlhf.chat.comparison import Answer
 from lora_rlhf.chat.conversation import Conversation, figures, figures_line
 from lora_rlhf.evaluation.loaded_arms import TITLES
 
@@ -18,26 +17,32 @@ def status_markup(text: str, wrong: bool = False) -> str:
     return f"<p {kind}>{html.escape(text)}</p>"
 
 
-def figures_markup(answer: Answer | None, unit: str | None, hidden: bool, extra: str = "") -> str:
-    """Return the line below a column; the page's script marks the bad words that it names in the text above.
+def figures_markup(conversation: Conversation, arm: str, unit: str | None, hidden: bool) -> str:
+    """Return the figures of all of a column's answers, the newest first; the page's script reads its numbers.
+
+    It copies the answer whose line is clicked, and marks the bad words that a line names in its answer.
 
     Args:
-        answer: the last one of the column, if there is one.
+        conversation: of the visitor.
+        arm: of the column.
         unit: what scores are counted in.
         hidden: whether figures are kept back because they could tell which arm it is.
-        extra: a figure more.
     """
-    if answer is None:
-        return '<p class="figures"></p>'
-    if hidden:
-        return '<p class="figures">figures are shown after your vote</p>'
-    words = html.escape(json.dumps(answer.bad_words), quote=True)
-    if not answer.finished:
-        line, copy = f"{answer.tokens} tokens · {answer.tokens_per_second:.1f} tokens/s", ""
-    else:
-        line = " · ".join(filter(None, (figures_line(figures(answer, unit)), extra)))
-        copy = ' <button type="button" class="copy-answer">Copy answer</button>'
-    return f'<p class="figures" data-bad-words="{words}">{html.escape(line)}{copy}</p>'
+    lines = []
+    for i, turn in enumerate(conversation.turns):
+        answer = turn.answers.get(arm)
+        if answer is None:
+            continue
+        text = f"{answer.tokens} tokens · {answer.tokens_per_second:.1f} tokens/s"
+        if answer.finished:
+            text = figures_line(figures(answer, unit))
+        if turn.kl is not None and arm == "plus":
+            text += f" · KL to base {turn.kl:.2f} nats"
+        words = html.escape(json.dumps([] if hidden else answer.bad_words), quote=True)
+        copy = '<button type="button" class="copy-answer">Copy answer</button>' if answer.finished else ""
+        shown = "figures are shown after your vote" if hidden else html.escape(text)
+        lines.append(f'<li value="{i + 1}" data-answer="{i}" data-bad-words="{words}">{shown} {copy}</li>')
+    return f'<ol class="figures">{"".join(reversed(lines))}</ol>'
 
 
 def vote_table_markup(rows: Sequence[dict[str, Any]], ties: int) -> str:
@@ -56,16 +61,22 @@ def vote_table_markup(rows: Sequence[dict[str, Any]], ties: int) -> str:
     )
 
 
-def column_messages(conversation: Conversation, arm: str) -> list[Any]:
-    """Return what an arm's column shows, as a chatbot takes it; what was written is text there, never markup."""
+def column_messages(conversation: Conversation, arm: str, busy: bool) -> list[Any]:
+    """Return what an arm's column shows, as a chatbot takes it; what was written is text there, never markup.
+
+    Args:
+        conversation: of the visitor.
+        arm: of the column.
+        busy: whether answers to the last message are on their way.
+    """
     found: list[Any] = []
     for turn in conversation.turns:
-        found.append({"role": "user", "content": html.escape(turn.message, quote=False)})
         answer = turn.answers.get(arm)
-        text = answer.text if answer else ""
-        if not text:
-            text = "(no answer)" if answer and answer.finished else "…"
-        found.append({"role": "assistant", "content": html.escape(text, quote=False)})
+        waiting = busy and turn is conversation.turns[-1] and not (answer and answer.finished)
+        text = answer.text if answer and answer.text else "…" if waiting else "(no answer)"
+        for role, said in (("user", turn.message), ("assistant", text)):
+            # a part of its own: a chatbot takes the indentation out of plain strings
+            found.append({"role": role, "content": [{"type": "text", "text": html.escape(said, quote=False)}]})
     return found
 
 

@@ -17,42 +17,57 @@ const copied = async (text) => {
   area.remove();
 };
 
+const answerOf = (line) => line.closest(".arm").querySelectorAll('[data-testid="bot"]')[line.dataset.answer];
+
 document.addEventListener("click", async (event) => {
   const button = event.target.closest?.(".copy-answer");
   if (!button) return;
-  const answers = button.closest(".arm").querySelectorAll('[data-testid="bot"]');
-  await copied(answers[answers.length - 1].textContent.trim());
+  await copied(answerOf(button.closest("li")).textContent);
   button.textContent = "Copied";
   setTimeout(() => (button.textContent = "Copy answer"), 1500);
 });
 
-// The line below a column names the bad words of its last answer; they are marked in the text without touching it.
+// Kept in the tab, so that a reload does not lose the conversation and another tab does not show it.
+window.keepConversation = (text) => {
+  text ? sessionStorage.setItem("conversation", text) : sessionStorage.removeItem("conversation");
+};
+window.keptConversation = () => sessionStorage.getItem("conversation") ?? "";
+
+// The lines below a column name the bad words of its answers; they are marked in the text without touching it.
 const markBadWords = () => {
   if (!window.Highlight || !CSS.highlights) return;
   const ranges = [];
-  for (const column of document.querySelectorAll("#columns .arm")) {
-    const line = column.querySelector(".figures[data-bad-words]");
-    const words = line ? JSON.parse(line.dataset.badWords) : [];
-    const answers = column.querySelectorAll('[data-testid="bot"]');
-    if (!words.length || !answers.length) continue;
-    const texts = document.createTreeWalker(answers[answers.length - 1], NodeFilter.SHOW_TEXT);
+  for (const line of document.querySelectorAll("#columns li[data-bad-words]")) {
+    const words = JSON.parse(line.dataset.badWords).map((word) => word.replace(/[\\^$.*+?()[\]{}|\/-]/g, "\\$&"));
+    const answer = answerOf(line);
+    if (!words.length || !answer) continue;
+    const pattern = new RegExp(`(?<![\\p{L}\\p{N}_])(?:${words.join("|")})(?![\\p{L}\\p{N}_])`, "giu");
+    const texts = document.createTreeWalker(answer, NodeFilter.SHOW_TEXT);
     while (texts.nextNode()) {
-      const text = texts.currentNode.data.toLowerCase();
-      for (const word of words) {
-        for (let at = text.indexOf(word); at >= 0; at = text.indexOf(word, at + word.length)) {
-          const range = new Range();
-          range.setStart(texts.currentNode, at);
-          range.setEnd(texts.currentNode, at + word.length);
-          ranges.push(range);
-        }
+      for (const found of texts.currentNode.data.matchAll(pattern)) {
+        const range = new Range();
+        range.setStart(texts.currentNode, found.index);
+        range.setEnd(texts.currentNode, found.index + found[0].length);
+        ranges.push(range);
       }
     }
   }
   CSS.highlights.set("bad-words", new Highlight(...ranges));
 };
 
+// Three logs that stream at once would drown a screen reader: the status line speaks, and each log has its arm's name.
+const nameColumns = () => {
+  for (const column of document.querySelectorAll("#columns .arm")) {
+    const log = column.querySelector('[role="log"]');
+    const name = `conversation with ${column.querySelector('[data-testid="block-label"]')?.textContent.trim()}`;
+    if (!log || log.getAttribute("aria-label") === name) continue;
+    log.setAttribute("aria-label", name);
+    log.setAttribute("aria-live", "off");
+  }
+};
+
 let marking = null;
 new MutationObserver(() => {
   clearTimeout(marking);
-  marking = setTimeout(markBadWords, 150);
+  marking = setTimeout(() => { markBadWords(); nameColumns(); }, 150);
 }).observe(document, { childList: true, subtree: true, characterData: true });

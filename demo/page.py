@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -39,15 +40,16 @@ Updates = dict[Any, Any]
 """New values by component."""
 
 
-def chat_page(comparison: ChatComparison, votes_file: Path, report: Path | None) -> gr.Blocks:
+def chat_page(comparison: ChatComparison, votes_file: Path, report: Path | None, most_waiting: int = 64) -> gr.Blocks:
     """Return the page.
 
     Args:
         comparison: the loaded arms.
         votes_file: where blind votes are kept.
         report: the evaluation's page, which is offered where it is there.
+        most_waiting: messages that may wait.
     """
-    sessions = ChatSessions(comparison, votes_file)
+    sessions = ChatSessions(comparison, votes_file, most_waiting)
     with gr.Blocks(title="base, Instruct and Plus", fill_width=True, analytics_enabled=False) as page:
         parts = laid_out(comparison, sessions.new_conversation(), vote_table_markup(*sessions.vote_table()), report)
         events = PageEvents(sessions, parts)
@@ -63,7 +65,7 @@ def chat_page(comparison: ChatComparison, votes_file: Path, report: Path | None)
             parts.retry.click(events.ask_again, [parts.state, *parts.sampling], [parts.seed, *parts.view], **AT_ONCE),
         ]
         for event in asked:
-            event.then(
+            answered = event.then(
                 events.answer,
                 [parts.state],
                 parts.view,
@@ -71,10 +73,10 @@ def chat_page(comparison: ChatComparison, votes_file: Path, report: Path | None)
                 show_progress_on=parts.figures,
                 **private,
             )
+            answered.failure(events.stop, [parts.state], [parts.message, *parts.view], **AT_ONCE)
         parts.stop.click(events.stop, [parts.state], [parts.message, *parts.view], **AT_ONCE)
         parts.undo.click(events.take_back, [parts.state], [parts.message, *parts.view], **AT_ONCE)
-        cleared = [parts.clear.click, parts.blind.input, *(chatbot.clear for chatbot in parts.chatbots)]
-        gr.on(cleared, events.begin, [parts.blind], parts.view, **AT_ONCE)
+        gr.on([parts.clear.click, parts.blind.input], events.begin, [parts.state, parts.blind], parts.view, **AT_ONCE)
         parts.kl.click(events.measure_kl, [parts.state], parts.view, **private)
         for i, button in enumerate(parts.votes):
             column = i if i < len(parts.chatbots) else None
@@ -83,7 +85,9 @@ def chat_page(comparison: ChatComparison, votes_file: Path, report: Path | None)
             files = [parts.exported, parts.file_name]
             written = button.click(events.export_as(form), [parts.state], files, **AT_ONCE)
             written.then(None, files, None, js="(text, name) => window.saveText(text, name)", **AT_ONCE)
-        page.load(events.restore, [parts.browser], parts.view, **AT_ONCE)
+        page.load(events.restore, [parts.kept], parts.view, js="() => window.keptConversation()", **AT_ONCE)
+        parts.kept.change(None, [parts.kept], None, js="(text) => window.keepConversation(text)", **AT_ONCE)
+        page.unload(events.leave)
         gr.api(compare_endpoint(sessions), api_name="compare", **ON_MODELS)
     return page
 
@@ -120,7 +124,7 @@ def launch_options() -> dict[str, Any]:
         "run_history": False,
         "ssr_mode": False,
         "mcp_server": False,
-        "show_error": True,
+        "show_error": False,  # what is meant for people is shown all the same
     }
 
 
@@ -132,89 +136,120 @@ class PageEvents:
 
     def ask(self, request: gr.Request, conversation: Conversation, text: Any, system: Any, *sampling: Any) -> Updates:
         """Take the message; the answers come in `answer`."""
+        visitor = str(request.session_hash)
         try:
-            self.sessions.asked(str(request.session_hash), conversation, text, system, *sampling)
+            self.sessions.asked(visitor, conversation, text, system, *sampling)
         except UserError as error:
-            return self.refused(request, conversation, error)
-        return {self.parts.message: ""} | self.shown(conversation, "Waiting for the models …", busy=True)
+            return self.refused(visitor, conversation, error)
+        return {self.parts.message: ""} | self.shown(visitor, conversation, "Waiting for the models …")
 
     def ask_again(self, request: gr.Request, conversation: Conversation, *sampling: Any) -> Updates:
-        """Take back the last answers, and the next seed."""
+        """Ask for other answers, with the next seed."""
+        visitor = str(request.session_hash)
         *settings, seed = sampling
         seed = seed + 1 if isinstance(seed, int | float) else seed
         try:
-            self.sessions.asked_again(str(request.session_hash), conversation, *settings, seed)
+            self.sessions.asked_again(visitor, conversation, *settings, seed)
         except UserError as error:
-            return self.refused(request, conversation, error)
-        return {self.parts.seed: seed} | self.shown(conversation, "Waiting for the models …", busy=True)
+            return self.refused(visitor, conversation, error)
+        return {self.parts.seed: seed} | self.shown(visitor, conversation, "Waiting for the models …")
 
-    def refused(self, request: gr.Request, conversation: Conversation, error: UserError) -> Updates:
+    def refused(self, visitor: str, conversation: Conversation, error: UserError) -> Updates:
         """Say what is wrong; answers that are on their way go on."""
-        if self.sessions.has_asked(str(request.session_hash)):
+        if self.sessions.has_asked(visitor):
             return {self.parts.status: status_markup(str(error), wrong=True)}
-        return self.shown(conversation, str(error), wrong=True)
+        return self.shown(visitor, conversation, str(error), wrong=True)
 
     def answer(self, request: gr.Request, conversation: Conversation) -> Iterator[Updates]:
         """Stream all columns, if something was asked; at the end scores, and the buttons come back."""
-        if not self.sessions.has_asked(str(request.session_hash)):
+        visitor = str(request.session_hash)
+        if not self.sessions.has_asked(visitor):
             yield {self.parts.status: gr.skip()}  # a generator that yields nothing would empty the page
             return
         try:
-            for _ in self.sessions.answering(str(request.session_hash), conversation):
+            for _ in self.sessions.answering(visitor):
                 columns = zip(self.parts.chatbots, conversation.order, strict=True)
-                texts = {chatbot: column_messages(conversation, arm) for chatbot, arm in columns}
+                texts = {chatbot: column_messages(conversation, arm, True) for chatbot, arm in columns}
                 yield {self.parts.status: status_markup("Answering …")} | texts | self.figures(conversation)
         except UserError as error:
-            yield self.shown(conversation, str(error), wrong=True)
-            return
-        yield self.shown(conversation, spoken_result(conversation))
+            yield self.shown(visitor, conversation, str(error), wrong=True)
+        except Exception:  # whatever goes wrong in a model: the page goes on, and the log has it
+            logging.getLogger(__name__).exception("answering failed")
+            text = "Something went wrong here; whoever runs this page finds it in the log. Try again."
+            yield self.shown(visitor, conversation, text, wrong=True)
+        else:
+            yield self.shown(visitor, conversation, spoken_result(conversation))
 
     def stop(self, request: gr.Request, conversation: Conversation) -> Updates:
         """End the answers at the next token, or take back a message that waits in the queue."""
-        message = self.sessions.stop(str(request.session_hash), conversation)
+        visitor = str(request.session_hash)
+        message = self.sessions.stop(visitor)
         if message is None:
             return {self.parts.stop: gr.skip()}
-        return {self.parts.message: message} | self.shown(conversation, "The message was taken back.")
+        return {self.parts.message: message} | self.shown(visitor, conversation, "The message was taken back.")
 
-    def take_back(self, conversation: Conversation) -> Updates:
+    def leave(self, request: gr.Request) -> None:
+        """Forget a visitor who closed the page."""
+        self.sessions.leave(str(request.session_hash))
+
+    def take_back(self, request: gr.Request, conversation: Conversation) -> Updates:
         """Take the last turn out; its message can be edited and sent again."""
-        if not conversation.turns:
-            return self.shown(conversation, "There is nothing to undo.")
-        message = conversation.turns.pop().message
-        return {self.parts.message: message} | self.shown(conversation, "The last message was taken back.")
-
-    def begin(self, blind: bool) -> Updates:
-        """Begin a new conversation."""
-        text = "Ready. The names are hidden until you vote." if blind else "Ready."
-        return self.shown(self.sessions.new_conversation(bool(blind)), text)
-
-    def measure_kl(self, conversation: Conversation) -> Updates:
-        """Show the KL of Plus to base on its last answer."""
+        visitor = str(request.session_hash)
         try:
-            self.sessions.measure_kl(conversation)
+            self.sessions.refuse_if_waiting(visitor)
         except UserError as error:
-            return self.shown(conversation, str(error), wrong=True)
-        return self.shown(conversation, f"KL of Plus to base on its answer: {conversation.turns[-1].kl:.2f} nats.")
+            return self.refused(visitor, conversation, error)
+        if not conversation.turns:
+            return self.shown(visitor, conversation, "There is nothing to undo.")
+        message = conversation.turns.pop().message
+        return {self.parts.message: message} | self.shown(visitor, conversation, "The last message was taken back.")
 
-    def vote_for(self, column: int | None) -> Callable[[Conversation], Updates]:
+    def begin(self, request: gr.Request, conversation: Conversation, blind: bool) -> Updates:
+        """Begin a new conversation."""
+        visitor = str(request.session_hash)
+        try:
+            self.sessions.refuse_if_waiting(visitor)
+        except UserError as error:
+            return self.refused(visitor, conversation, error) | {self.parts.blind: conversation.blind}
+        text = "Ready. The names are hidden until you vote." if blind else "Ready."
+        return self.shown(visitor, self.sessions.new_conversation(bool(blind)), text)
+
+    def measure_kl(self, request: gr.Request, conversation: Conversation) -> Updates:
+        """Show the KL of Plus to base on its last answer."""
+        visitor = str(request.session_hash)
+        try:
+            kl = self.sessions.measure_kl(visitor, conversation)
+        except UserError as error:
+            return self.refused(visitor, conversation, error)
+        if self.sessions.has_asked(visitor):  # meanwhile; what it shows goes first
+            return self.figures(conversation)
+        return self.shown(visitor, conversation, f"KL of Plus to base on its answer: {kl:.2f} nats.")
+
+    def vote_for(self, column: int | None) -> Callable[..., Updates]:
         """Return the event of a vote's button."""
 
-        def vote(conversation: Conversation) -> Updates:
+        def vote(request: gr.Request, conversation: Conversation) -> Updates:
+            visitor = str(request.session_hash)
             try:
-                self.sessions.vote(conversation, column)
+                self.sessions.vote(visitor, conversation, column)
             except UserError as error:
-                return self.shown(conversation, str(error), wrong=True)
+                if not conversation.voted:
+                    return self.refused(visitor, conversation, error)
             columns = zip(COLUMN_NAMES, conversation.order, strict=False)
             names = ", ".join(f"{letter} was {TITLES[arm]}" for letter, arm in columns)
-            return self.shown(conversation, f"Thank you. {names}.")
+            return self.shown(visitor, conversation, f"Thank you. {names}.")
 
         return vote
 
-    def restore(self, kept: Any) -> Updates:
-        """Show the conversation that the browser kept over a reload."""
-        conversation = restored_conversation(kept, list(self.comparison.arms)) if kept else None
-        again = conversation or self.sessions.new_conversation()
-        return self.shown(again, "Ready.") | {self.parts.blind: gr.Checkbox(value=again.blind, interactive=True)}
+    def restore(self, request: gr.Request, kept: Any) -> Updates:
+        """Show the conversation that the browser's tab kept over a reload."""
+        try:
+            held = json.loads(kept) if kept else None
+        except (TypeError, ValueError):
+            held = None
+        conversation = restored_conversation(held, list(self.comparison.arms)) or self.sessions.new_conversation()
+        found = self.shown(str(request.session_hash), conversation, "Ready.")
+        return found | {self.parts.blind: gr.Checkbox(value=conversation.blind, interactive=True)}
 
     def export_as(self, form: str) -> Callable[[Conversation], tuple[str, str]]:
         """Return the event of an export's button: (text, file name), which the browser writes."""
@@ -228,40 +263,34 @@ class PageEvents:
 
         return write
 
-    def shown(self, conversation: Conversation, text: str, busy: bool = False, wrong: bool = False) -> Updates:
-        """Return what every part of the page shows.
+    def shown(self, visitor: str, conversation: Conversation, text: str, wrong: bool = False) -> Updates:
+        """Return what every part of the page shows; while answers are on their way, only Stop can be clicked.
 
         Args:
-            conversation: of the visitor.
+            visitor: whose page it is.
+            conversation: theirs.
             text: of the status line.
-            busy: whether answers are on their way; only Stop can be clicked then.
             wrong: whether `text` says what was wrong with the input.
         """
-        parts, hidden = self.parts, conversation.names_are_hidden
+        parts, hidden, busy = self.parts, conversation.names_are_hidden, self.sessions.has_asked(visitor)
         names = self.sessions.names(conversation)
         found: Updates = {parts.state: conversation, parts.status: status_markup(text, wrong)}
-        if not busy:
-            found[parts.browser] = None if hidden else asdict(conversation)
-            found[parts.vote_table] = vote_table_markup(*self.sessions.vote_table())
+        found[parts.kept] = "" if hidden else json.dumps(asdict(conversation))
+        found[parts.vote_table] = vote_table_markup(*self.sessions.vote_table())
         found |= {part: type(part)(interactive=not busy) for part in parts.idle}
         found[parts.kl] = gr.Button(interactive=not busy and not hidden)
         found[parts.stop] = gr.Button(interactive=busy)
         answered = any(turn.answers for turn in conversation.turns)
         found[parts.voting] = gr.Row(visible=hidden and answered and not busy)
         for chatbot, arm in zip(parts.chatbots, conversation.order, strict=True):
-            found[chatbot] = gr.Chatbot(column_messages(conversation, arm), label=names[arm])
+            found[chatbot] = gr.Chatbot(column_messages(conversation, arm, busy), label=names[arm])
         return found | self.figures(conversation)
 
     def figures(self, conversation: Conversation) -> Updates:
         """Return the lines below the columns."""
-        last = conversation.turns[-1] if conversation.turns else None
-        found: Updates = {}
-        for line, arm in zip(self.parts.figures, conversation.order, strict=True):
-            answer = last.answers.get(arm) if last else None
-            kl = last.kl if last and arm == "plus" else None
-            extra = "" if kl is None else f"KL to base {kl:.2f} nats"
-            found[line] = figures_markup(answer, self.comparison.score_unit, conversation.names_are_hidden, extra)
-        return found
+        unit, hidden = self.comparison.score_unit, conversation.names_are_hidden
+        columns = zip(self.parts.figures, conversation.order, strict=True)
+        return {column: figures_markup(conversation, arm, unit, hidden) for column, arm in columns}
 
 
 def compare_endpoint(sessions: ChatSessions) -> Callable[..., Any]:

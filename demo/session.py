@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,44 @@ COLUMN_NAMES = "ABC"
 """What columns are called as long as their arms are hidden."""
 
 
+@dataclass
+class Asked:
+    """A message that waits for answers, or is being answered.
+
+    Attributes:
+        conversation: whose last turn it is.
+        before: the turn that it takes the place of, where the same is asked again.
+        stop: ends the answers at the next token.
+        begun: whether the models have begun.
+    """
+
+    conversation: Conversation
+    before: Turn | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+    begun: bool = False
+
+    def taken_back(self) -> str:
+        """Take the turn out again, as if it had never been asked; return its message."""
+        message = self.conversation.turns.pop().message
+        if self.before is not None:
+            self.conversation.turns.append(self.before)
+        return message
+
+
 class ChatSessions:
     """The conversations of all visitors with one comparison.
 
     Args:
         comparison: the arms.
         votes_file: where blind votes are kept.
+        most_waiting: messages that may wait.
     """
 
-    def __init__(self, comparison: ChatComparison, votes_file: Path) -> None:
-        self.comparison, self.votes_file = comparison, votes_file
-        self._stops: dict[str, threading.Event] = {}  # of visitors who wait for answers
-        self._begun: set[str] = set()  # those of them who are being answered
+    def __init__(self, comparison: ChatComparison, votes_file: Path, most_waiting: int = 64) -> None:
+        self.comparison, self.votes_file, self.most_waiting = comparison, votes_file, most_waiting
+        self._asked: dict[str, Asked] = {}
         self._voting = threading.Lock()
+        self._votes = kept_votes(votes_file)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -70,70 +96,86 @@ class ChatSessions:
             UserError: a value is out of range, the message is empty or too long, or answers are still on their way;
                 the conversation is as it was.
         """
-        self._refuse_if_waiting(visitor)
+        self.refuse_if_waiting(visitor)
         checked = ChatSampling(*sampling).checked(self.comparison.most_tokens)
         turn = Turn(checked_text(message, "the message"), checked_text(system, "the system prompt", True), checked)
+        self._refuse_if_full()
         conversation.turns.append(turn)
-        self._stops[visitor] = threading.Event()
+        self._asked[visitor] = Asked(conversation)
 
     def asked_again(self, visitor: str, conversation: Conversation, *sampling: Any) -> None:
-        """Take the last answers back and ask the same again with these settings.
+        """Ask the last message again with these settings; the answers that it has stay until new ones begin.
 
         Raises:
             UserError: nothing was asked yet, a value is out of range, or answers are still on their way.
         """
-        self._refuse_if_waiting(visitor)
+        self.refuse_if_waiting(visitor)
         if not conversation.turns:
             raise UserError("there is no message to ask again; write one first")
         last = conversation.turns[-1]
         checked = ChatSampling(*sampling).checked(self.comparison.most_tokens)
+        self._refuse_if_full()
         conversation.turns[-1] = Turn(last.message, last.system, checked)
-        self._stops[visitor] = threading.Event()
+        self._asked[visitor] = Asked(conversation, before=last)
 
     def has_asked(self, visitor: str) -> bool:
-        """Return whether the visitor's last message waits for answers."""
-        return visitor in self._stops
+        """Return whether the visitor's last message waits for answers, or is being answered."""
+        return visitor in self._asked
 
-    def _refuse_if_waiting(self, visitor: str) -> None:
+    def refuse_if_waiting(self, visitor: str) -> None:
+        """Raise `UserError` where answers are on their way: the conversation must not change beneath them."""
         if self.has_asked(visitor):
             raise UserError("answers are still on their way; wait for them, or press Stop first")
 
-    def answering(self, visitor: str, conversation: Conversation) -> Iterator[None]:
-        """Fill in the last turn's answers; comes back after every token, and after the scores.
+    def _refuse_if_full(self) -> None:
+        if len(self._asked) >= self.most_waiting:
+            raise UserError(f"{len(self._asked)} messages are waiting, which is as many as may; try again in a moment")
+
+    def answering(self, visitor: str) -> Iterator[None]:
+        """Fill in the answers of what the visitor asked; comes back after every token, and after the scores.
 
         Raises:
-            UserError: the message does not fit; its turn is taken out.
+            UserError: the message does not fit; it is taken back.
         """
-        turn = conversation.turns[-1]
-        asked = {arm: conversation.messages(arm) for arm in conversation.order}
-        stop = self._stops[visitor]
-        self._begun.add(visitor)
+        asked = self._asked[visitor]
+        asked.begun = True
         try:
-            for answers in self.comparison.answers(asked, turn.sampling, stop):
+            conversation = asked.conversation
+            turn = conversation.turns[-1]
+            messages = {arm: conversation.messages(arm) for arm in conversation.order}
+            for answers in self.comparison.answers(messages, turn.sampling, asked.stop):
                 turn.answers = answers
                 yield
         except UserError:
-            conversation.turns.pop()
+            asked.taken_back()
             raise
         finally:
-            self._stops.pop(visitor, None)
-            self._begun.discard(visitor)
+            self._asked.pop(visitor, None)
 
-    def stop(self, visitor: str, conversation: Conversation) -> str | None:
+    def stop(self, visitor: str) -> str | None:
         """End the visitor's answers at the next token; a message that still waits is taken back and returned."""
-        if visitor in self._begun:
-            self._stops[visitor].set()
-        elif visitor in self._stops:
-            del self._stops[visitor]
-            return conversation.turns.pop().message
+        asked = self._asked.get(visitor)
+        if asked is not None and asked.begun:
+            asked.stop.set()
+        elif asked is not None:
+            del self._asked[visitor]
+            return asked.taken_back()
         return None
 
-    def measure_kl(self, conversation: Conversation) -> None:
-        """Put the KL of Plus to base on the last answer into its turn.
+    def leave(self, visitor: str) -> None:
+        """Forget a visitor who closed the page."""
+        if asked := self._asked.get(visitor):
+            asked.stop.set()
+            if not asked.begun:
+                del self._asked[visitor]
+
+    def measure_kl(self, visitor: str, conversation: Conversation) -> float:
+        """Put the KL of Plus to base on the last answer into its turn, and return it.
 
         Raises:
-            UserError: there is no answer of Plus, or no KL.
+            UserError: there is no answer of Plus, or no KL, or answers are on their way.
         """
+        self.refuse_if_waiting(visitor)
         if conversation.names_are_hidden:
             raise UserError("the KL would tell which column is Plus; vote first")
         if not conversation.turns or "plus" not in conversation.turns[-1].answers:
@@ -141,37 +183,38 @@ class ChatSessions:
         turn = conversation.turns[-1]
         answer = turn.answers["plus"]
         turn.kl = self.comparison.kl_of_plus(conversation.messages("plus"), answer.text, answer.ended)
+        return turn.kl
 
     # -- votes --------------------------------------------------------------------------------------------------------
 
-    def vote(self, conversation: Conversation, column: int | None) -> None:
+    def vote(self, visitor: str, conversation: Conversation, column: int | None) -> None:
         """Keep a vote for a column (none: no difference), on disk before the names are shown.
 
         Raises:
             UserError: there is nothing to vote on, it was voted on before, or the vote cannot be written.
         """
-        if not conversation.names_are_hidden:
-            raise UserError("a vote is for blind comparisons, and one each: clear the conversation to begin another")
-        if not any(turn.answers for turn in conversation.turns):
-            raise UserError("there are no answers to vote on yet")
-        winner = TIE if column is None else conversation.order[column]
-        hidden = conversation_record(conversation, {arm: arm for arm in conversation.order}, None)
-        record = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "id": uuid.uuid4().hex,
-            "winner": winner,
-            "columns": conversation.order,
-            "arms": self.fingerprints,
-            "turns": hidden["turns"],
-        }
-        with self._voting:
+        self.refuse_if_waiting(visitor)
+        with self._voting:  # two clicks are one vote
+            if not conversation.names_are_hidden:
+                raise UserError("a vote is for blind comparisons, and one each: clear the conversation for another")
+            if not any(turn.answers for turn in conversation.turns):
+                raise UserError("there are no answers to vote on yet")
+            winner = TIE if column is None else conversation.order[column]
+            record = {
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "id": uuid.uuid4().hex,
+                "winner": winner,
+                "columns": conversation.order,
+                "arms": self.fingerprints,
+                "turns": conversation_record(conversation, {arm: arm for arm in conversation.order}, None)["turns"],
+            }
             append_vote(self.votes_file, record)
-        conversation.voted = winner
+            self._votes.append(record)
+            conversation.voted = winner
 
     def vote_table(self) -> tuple[list[dict[str, Any]], int]:
         """Return (a row per arm: wins, share, interval; number of votes without a winner)."""
-        votes = kept_votes(self.votes_file)
-        return win_rates(votes, self.fingerprints), ties(votes, self.fingerprints)
+        return win_rates(self._votes, self.fingerprints), ties(self._votes, self.fingerprints)
 
     # -- the API ------------------------------------------------------------------------------------------------------
 
@@ -187,8 +230,9 @@ class ChatSessions:
         system_text = checked_text(system, "system_prompt", True)
         told: list[Message] = [{"role": "system", "content": system_text}] if system_text else []
         told += [*checked_history(history), {"role": "user", "content": checked_text(message, "message")}]
-        unit = self.comparison.score_unit
+        unit, found = self.comparison.score_unit, None
         for answers in self.comparison.answers({arm: told for arm in self.comparison.arms}, sampling):
-            finished = all(answer.finished for answer in answers.values())
+            if found is not None:  # one behind: only the last one is known to be whole, scores and all
+                yield {"finished": False, "answers": found}
             found = {name: {"text": answer.text, **figures(answer, unit)} for name, answer in answers.items()}
-            yield {"finished": finished, "answers": found}
+        yield {"finished": True, "answers": found}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,21 +21,31 @@ from lora_rlhf.errors import UserError
 console = Console(highlight=False)
 
 
-def run_recipe(main: Callable[[], None]) -> None:
-    """Call `main`; errors meant for people are printed as such (status 2), Ctrl-C ends with status 130."""
+def run_recipe(
+    main: Callable[[], None],
+    again: str = "The same command goes on from there: finished stages and saved steps are not repeated.",
+) -> None:
+    """Call `main`; errors meant for people are printed as such (status 2), Ctrl-C ends with status 130.
+
+    Args:
+        main: the command.
+        again: what to say of an interrupted one.
+    """
     for name in ("transformers", "datasets", "bitsandbytes", "torch", "trl", "accelerate", "peft", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # the system's way to say Ctrl-C
     try:
         main()
     except UserError as error:
         console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        again = "The same command goes on with the first stage that is not finished."
+    except KeyboardInterrupt as stopped:
         if any(word.startswith("--overwrite_output_dir") for word in sys.argv):
-            again = "The same command without --overwrite_output_dir goes on with the first stage that is not finished."
-        console.print(f"\nstopped. {again}")
+            again = "The same command without --overwrite_output_dir goes on from there."
+        where = f" {stopped}" if str(stopped) else ""
+        console.print(f"\nstopped{where}. {again}")
         sys.exit(130)
 
 

@@ -178,9 +178,14 @@ class ChatComparison:
         if self.reward is None or not names:
             return
         arm, rows = self.arms["base"], []
-        for name in names:  # in base's own format, whatever template the arm answered in
+        for name in names.copy():  # in base's own format, whatever template the arm answered in
             tokens = harmless_answer_ids(arm.tokenizer, answers[name].text, answers[name].ended)
-            rows.append(fitted_prompt(arm.tokenizer, conversations[name], self.context - len(tokens))[0] + tokens)
+            try:
+                rows.append(fitted_prompt(arm.tokenizer, conversations[name], self.context - len(tokens))[0] + tokens)
+            except UserError:  # longer in these tokens than in those it was sampled in: no score, but an answer
+                names.remove(name)
+        if not names:
+            return
         ids, mask = right_padded(rows, arm.tokenizer.pad_token_id, arm.base.device)
         told = [list(conversations[name]) for name in names]
         with self._model_in_use:
@@ -188,11 +193,16 @@ class ChatComparison:
         for name, score in zip(names, scores.tolist(), strict=True):
             answers[name].score = score
 
-    def score_problem(self) -> str | None:
-        """Return why the reward cannot score chat answers (a function may want columns of the data set), or none."""
+    def without_failing_reward(self) -> str | None:
+        """Do without the reward if it cannot score chat answers (a function may want columns of the data set).
+
+        Returns:
+            Why it cannot, or none.
+        """
         try:
             self._score({"base": [{"role": "user", "content": "Q"}]}, {"base": Answer("A", ended=True, finished=True)})
         except Exception as error:  # whatever a reward function raises
+            self.reward = self.score_unit = None
             return f"{type(error).__name__}: {error}"
         return None
 

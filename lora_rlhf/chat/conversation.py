@@ -14,6 +14,9 @@ from lora_rlhf.chat.prompts import MOST_CHARACTERS, clean_text
 from lora_rlhf.data.chat import Message
 from lora_rlhf.errors import UserError
 
+MOST_IN_HISTORY = 500_000
+"""Characters of a history that comes through the API, and a thousandth of it messages."""
+
 
 @dataclass
 class Turn:
@@ -55,9 +58,9 @@ class Conversation:
         """Whether a column may not tell which arm it is."""
         return self.blind and self.voted is None
 
-    def messages(self, arm: str, turns: int | None = None) -> list[Message]:
-        """Return what `arm` goes on from: its own history, and the last message of the first `turns` turns."""
-        shown = self.turns[:turns]
+    def messages(self, arm: str) -> list[Message]:
+        """Return what `arm` goes on from: its own history, and the last message."""
+        shown = self.turns
         found: list[Message] = [{"role": "system", "content": shown[-1].system}] if shown[-1].system else []
         for turn in shown:
             found.append({"role": "user", "content": turn.message})
@@ -90,6 +93,13 @@ def checked_history(history: Any) -> list[Message]:
     """
     if not isinstance(history, list):
         raise UserError(f"history is a list of messages, not {type(history).__name__}")
+    held = [message.get("content") for message in history if isinstance(message, Mapping)]
+    length = sum(len(content) for content in held if isinstance(content, str))
+    if length > MOST_IN_HISTORY or len(history) > MOST_IN_HISTORY // 1000:
+        raise UserError(
+            f"history is too long ({len(history):,} messages, {length:,} characters): {MOST_IN_HISTORY // 1000:,} and "
+            f"{MOST_IN_HISTORY:,} are read; leave the oldest out"
+        )
     found: list[Message] = []
     for i, message in enumerate(history):
         role = ("user", "assistant")[i % 2]
@@ -191,8 +201,10 @@ def restored_conversation(data: Any, arms: Sequence[str]) -> Conversation | None
         ]
         if sorted(data["order"]) != sorted(arms) or data["voted"] not in (None, "tie", *arms):
             return None
+        if data["blind"] and data["voted"] is None:  # browsers keep none of these: it could be voted on
+            return None
         return Conversation(list(data["order"]), turns, bool(data["blind"]), data["voted"])
-    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from lora_rlhf.evaluation.arms import prompts_of_any_template
 
 MOST_CHARACTERS = 32_000
 """Of a message or a system prompt; longer ones are refused before they are tokenised."""
+MOST_CHARACTERS_PER_TOKEN = 16
+"""Of a long dialogue; what is beyond that is taken not to fit without being tokenised."""
 _PROBE = "\N{REFERENCE MARK}"
 
 
@@ -38,8 +41,9 @@ def turn_markers(tokenizer: Any) -> re.Pattern[str]:
     """
     special = {token for token in (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens) if token.strip()}
     written = re.split("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)", _written(tokenizer))
-    marks = {piece.strip() for part in written for piece in part.split(_PROBE)} | special
-    found = [mark for mark in marks if len(mark) > 1 and not mark.isalnum() and "\n" not in mark]
+    pieces = {word for part in written for piece in part.split(_PROBE) for word in piece.split()}
+    marks = special | {word for word in pieces if re.search(r"[<>\[\]{}|#]|:$", word)}
+    found = [mark for mark in marks if len(mark) > 1]
     return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")
 
 
@@ -83,11 +87,15 @@ def fitted_prompt(tokenizer: Any, messages: Sequence[Message], room: int) -> tup
     system = told[: told[0]["role"] == "system"]
     talk = told[len(system) :]
     rounds = len(talk) // 2
+    lengths = itertools.accumulate(len(message["content"]) for message in reversed(talk))
+    hopeless = sum(length > MOST_CHARACTERS_PER_TOKEN * room for length in lengths) // 2
+    hopeless = min(hopeless, rounds)
 
     def without(oldest: int) -> list[int]:
         return prompts_of_any_template(tokenizer, [[*system, *talk[2 * oldest :]]])[0]
 
-    dropped = bisect.bisect_left(range(rounds + 1), True, key=lambda oldest: len(without(oldest)) <= room)
+    tried = range(hopeless, rounds + 1)
+    dropped = hopeless + bisect.bisect_left(tried, True, key=lambda oldest: len(without(oldest)) <= room)
     if dropped > rounds:
         raise UserError(f"the message is too long: {len(without(rounds))} tokens where {room} fit; shorten it")
     ids = without(dropped)

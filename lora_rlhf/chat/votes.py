@@ -40,11 +40,17 @@ def _ends_with_newline(held: Any) -> bool:
 
 
 def kept_votes(file: Path) -> list[dict[str, Any]]:
-    """Return the votes in `file`; lines that are no votes are passed over."""
+    """Return the votes in `file`, none where it is not there yet; lines that are no votes are passed over.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         lines = file.read_bytes().splitlines()
-    except OSError:
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"--votes: {file} cannot be read: {error.strerror}") from None
     found = []
     for line in lines:
         try:

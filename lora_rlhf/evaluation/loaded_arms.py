@@ -53,7 +53,7 @@ def run_arms(config: RunConfig, run: Path) -> dict[str, LoadedArm]:
         if not (Path(adapter) / "adapter_model.safetensors").is_file():
             raise UserError(
                 f"{run} has no finished {Path(adapter).name}: run `python recipes/direct_rlhf_lora.py --output_dir "
-                f"{run}` to its end first, or name the arms with --models"
+                f"{run}` to its end first, or name models and adapters in its place (see --help)"
             )
     return named_arms(config, named)
 

@@ -223,14 +223,15 @@ def test_text_in_the_making_holds_back_what_may_still_change() -> None:
 
 
 def test_a_reward_that_cannot_score_chats_is_found_out(comparison: ChatComparison) -> None:
-    assert comparison.score_problem() is None
+    assert comparison.without_failing_reward() is None and comparison.score_unit == "raw"
 
     def fails(answers: Any) -> Any:
         raise KeyError("difficulty")
 
     assert comparison.reward is not None
     comparison.reward.sources[0].scores = fails  # type: ignore[method-assign]
-    assert comparison.score_problem() == "KeyError: 'difficulty'"
+    assert comparison.without_failing_reward() == "KeyError: 'difficulty'"
+    assert last(comparison, {"plus": QUESTION}, GREEDY)["plus"].score is None
 
 
 @pytest.mark.parametrize(

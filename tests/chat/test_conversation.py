@@ -44,7 +44,6 @@ def test_each_arm_goes_on_from_its_own_answers() -> None:
         {"role": "user", "content": "Why?"},
     ]
     assert conversation().messages("base")[2]["content"] == "Water it."
-    assert conversation().messages("plus", 1) == [{"role": "user", "content": "How do I keep basil alive?"}]
 
 
 def test_an_export_holds_everything_and_is_json() -> None:
@@ -74,9 +73,9 @@ def test_markdown_fences_what_was_said() -> None:
     assert "the oldest 2 rounds were left out" in text and "KL of Plus to base on its answer: 3.50 nats" in text
 
 
-@pytest.mark.parametrize("voted", [None, "plus", "tie"])
-def test_what_a_browser_kept_comes_back(voted: str | None) -> None:
-    kept = conversation(blind=True, voted=voted)
+@pytest.mark.parametrize(("blind", "voted"), [(False, None), (True, "plus"), (True, "tie")])
+def test_what_a_browser_kept_comes_back(blind: bool, voted: str | None) -> None:
+    kept = conversation(blind=blind, voted=voted)
     for answer in kept.turns[0].answers.values():
         answer.finished = True
     assert restored_conversation(json.loads(json.dumps(asdict(kept))), ARMS) == kept
@@ -97,6 +96,11 @@ def test_what_a_browser_kept_comes_back(voted: str | None) -> None:
 def test_anything_else_that_a_browser_sends_is_no_conversation(data: Any) -> None:
     found = restored_conversation(data, ARMS)
     assert found is None or sorted(found.order) == ARMS
+
+
+def test_a_blind_round_without_vote_is_not_restored() -> None:
+    """Answers that a browser invents cannot be voted on."""
+    assert restored_conversation(json.loads(json.dumps(asdict(conversation(blind=True)))), ARMS) is None
 
 
 @pytest.mark.parametrize("path", [("turns", 0, "message"), ("turns", 0, "sampling"), ("order",), ("voted",)])
@@ -134,6 +138,8 @@ def test_a_message_is_cleaned() -> None:
         ([["a", "b"]], r"history\[0\] is"),
         ([{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}], r"history\[0\]\.content is text"),
         ([{"role": "user"}, {"role": "assistant", "content": "b"}], r"history\[0\] is"),
+        ([{"role": "user", "content": "a" * 10**6}], "history is too long .1 messages, 1,000,000 characters"),
+        ([{"role": "user", "content": ""}] * 1000, "history is too long .1,000 messages"),
     ],
 )  # fmt: skip
 def test_a_history_that_is_none_is_explained(history: Any, what: str) -> None:

@@ -52,7 +52,9 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"file/votes\.jsonl cannot be written"):
         append_vote(tmp_path / "file" / "votes.jsonl", vote("plus"))
-    assert kept_votes(tmp_path / "file" / "votes.jsonl") == []
+    assert kept_votes(tmp_path / "nowhere.jsonl") == []
+    with pytest.raises(UserError, match="--votes: .* cannot be read: Is a directory"):
+        kept_votes(tmp_path)
 
 
 def test_win_rates_count_votes_on_these_models_that_took_a_side() -> None:

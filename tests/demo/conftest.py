@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from served_page import Served
 
 from lora_rlhf.chat.comparison import ChatComparison
 from lora_rlhf.chat.loading import run_comparison
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +38,7 @@ def serve(demo_comparison: ChatComparison) -> Iterator[Callable[..., Served]]:
     pages: list[Any] = []
 
     def start(votes: Path, report: Path | None = None, waiting: int = 64, **options: Any) -> Served:
-        page = chat_page(demo_comparison, votes, report)
+        page = chat_page(demo_comparison, votes, report, waiting)
         pages.append(page)
         page.queue(max_size=waiting)
         app, url, _ = page.launch(
@@ -54,3 +57,34 @@ def served(serve: Callable[..., Served], tmp_path_factory: pytest.TempPathFactor
     report = folder / "report.html"
     report.write_text("<html><body>the evaluation</body></html>", encoding="utf-8")
     return serve(folder / "votes.jsonl", report)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
+    from visitor import Visitor
+
+    visitors: list[Any] = []
+
+    def open_page(address: str = "", url: str | None = None, **options: Any) -> Any:
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        visitors.append(Visitor(context.new_page()))
+        return visitors[-1].open((url or served.url) + address)
+
+    yield open_page
+    for visitor in visitors:
+        visitor.tab.context.close()
+        assert visitor.troubles == []
+        assert [url for url in visitor.outside if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))] == []
+    assert served.waits_until_idle()

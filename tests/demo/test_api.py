@@ -67,7 +67,8 @@ def test_partial_answers_stream_on_the_way(client: Client) -> None:
     job = client.submit(message="How do I keep basil alive?", max_tokens=8, api_name="/compare")
     final = job.result()
     parts = job.outputs()
-    assert [part["finished"] for part in parts] == [False] * (len(parts) - 1) + [True] or parts[-2]["finished"]
+    assert [part["finished"] for part in parts[:-1]] == [False] * (len(parts) - 1)
+    assert final["finished"] is True and final["answers"]["plus"]["score"] is not None
     tokens = [part["answers"]["plus"]["tokens"] for part in parts]
     assert tokens == sorted(tokens) and tokens[0] == 1
     assert parts[-1] == final

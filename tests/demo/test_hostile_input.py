@@ -124,10 +124,20 @@ def test_nothing_can_be_uploaded(served: Served) -> None:
     assert answer.status_code >= 400
 
 
-def test_other_events_cannot_be_called_from_outside(served: Served) -> None:
-    """The page's own events take part in no API, and values out of range sent to them are refused in words."""
+def test_the_pages_own_events_are_no_part_of_the_api(served: Served) -> None:
     config = httpx.get(f"{served.url}config").json()
     assert [d["api_name"] for d in config["dependencies"] if d["api_visibility"] == "public"] == ["compare"]
+
+
+def test_values_out_of_range_sent_to_the_pages_own_events_are_refused_in_words(served: Served) -> None:
+    """Whoever forges a request gets no further than through the page."""
+    config = httpx.get(f"{served.url}config").json()
+    ask = next(d for d in config["dependencies"] if d["api_name"] == "ask")
+    for settings, words in (([9.0, 1.0, 8, 0], "temperature is a number"), ([0.7, 1.0, 10**9, 0], "max_tokens is")):
+        body = {"data": [None, "hi", "", *settings], "fn_index": ask["id"], "session_hash": f"forged {settings}"}
+        answer = httpx.post(f"{served.url}gradio_api/run/predict", json=body)
+        assert words in answer.text or (answer.status_code >= 400 and "Traceback" not in answer.text)
+    assert served.waits_until_idle()
 
 
 def test_garbage_in_place_of_requests_does_no_harm(served: Served) -> None:

@@ -7,102 +7,42 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from served_page import Served, eventually
+from visitor import Visitor
 
 playwright = pytest.importorskip("playwright.sync_api")
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: apt install chromium)")
 ARMS = ("base", "Instruct", "Plus")
 
 
-class Visitor:
-    """A tab with the page in it, and what a person would look at and click."""
-
-    def __init__(self, tab: Any) -> None:
-        self.tab = tab
-        self.outside: list[str] = []
-        self.troubles: list[str] = []
-        tab.on("request", lambda request: self.outside.append(request.url))
-        tab.on("pageerror", lambda error: self.troubles.append(str(error)))
-        tab.on("dialog", lambda dialog: self.troubles.append(f"dialog: {dialog.message}"))
-
-    def open(self, url: str) -> Visitor:
-        self.tab.goto(url)
-        self.tab.wait_for_selector("#message textarea")
-        playwright.expect(self.tab.locator("#status")).to_contain_text("Ready")
-        return self
-
-    def ask(self, text: str, settle: bool = True) -> None:
-        before = len(self.texts("user")[0])
-        self.tab.fill("#message textarea", text)
-        self.tab.press("#message textarea", "Enter")
-        if settle:
-            assert eventually(lambda: len(self.texts("user")[0]) == before + 1)
-            self.wait_for("All answers are there")
-
-    def wait_for(self, text: str) -> None:
-        playwright.expect(self.tab.locator("#status")).to_contain_text(text, timeout=60_000)
-
-    def set(self, label: str, value: str) -> None:
-        if not self.tab.get_by_label("System prompt").is_visible():
-            self.tab.click("#settings button")
-        box = self.tab.get_by_label(label, exact=False).last
-        box.fill(value)
-        box.blur()
-
-    def click(self, name: str) -> None:
-        self.tab.click(f"#{name}")
-
-    def texts(self, who: str = "bot") -> list[list[str]]:
-        """The messages of each column."""
-        columns = range(self.tab.locator("#columns .arm").count())
-        return [self.tab.locator(f"#chat_{i} [data-testid={who}]").all_inner_texts() for i in columns]
-
-    def labels(self) -> list[str]:
-        found = self.tab.locator("#columns [data-testid=block-label]").all_inner_texts()
-        return [text.strip() for text in found]
-
-    def figures(self) -> list[str]:
-        return self.tab.locator("#columns p.figures").all_inner_texts()
-
-    def picture(self, name: str) -> None:
-        if folder := os.environ.get("LORA_RLHF_SCREENSHOTS"):
-            self.tab.screenshot(path=f"{folder}/{name}.png", full_page=True)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+Say = Callable[..., None]
 
 
 @pytest.fixture
-def visit(browser: Any, served: Served) -> Iterator[Callable[..., Visitor]]:
-    visitors: list[Visitor] = []
+def say(monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Let an arm answer with a given text."""
+    from lora_rlhf.chat.comparison import ChatComparison
 
-    def open_page(address: str = "", **options: Any) -> Visitor:
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        visitors.append(Visitor(context.new_page()))
-        return visitors[-1].open(served.url + address)
+    texts: dict[str, tuple[str, list[str]]] = {}
+    real = ChatComparison._read
 
-    yield open_page
-    for visitor in visitors:
-        visitor.tab.context.close()
-        assert visitor.troubles == []
-        assert [url for url in visitor.outside if not url.startswith((served.url, "data:", "blob:"))] == []
-    assert served.waits_until_idle()
+    def read(self: ChatComparison, names: list[str], decoding: Any, answers: Any, seconds: float) -> None:
+        real(self, names, decoding, answers, seconds)
+        for arm in texts.keys() & answers.keys():
+            answers[arm].text, answers[arm].bad_words = texts[arm]
+
+    monkeypatch.setattr(ChatComparison, "_read", read)
+
+    def order(arm: str, text: str, bad_words: list[str] | None = None) -> None:
+        texts[arm] = (text, bad_words or [])
+
+    return order
 
 
 def test_three_streams_fill_and_scores_appear(visit: Callable[..., Visitor]) -> None:
@@ -111,7 +51,7 @@ def test_three_streams_fill_and_scores_appear(visit: Callable[..., Visitor]) -> 
     visitor.tab.evaluate(
         """() => { window.seen = [];
         new MutationObserver(() => window.seen.push([0, 1, 2].map(
-          (i) => document.querySelector(`#figures_${i}`).innerText.match(/^(\\d+) tokens/)?.[1] ?? null)))
+          (i) => document.querySelector(`#figures_${i}`).innerText.match(/(\\d+) tokens/)?.[1] ?? null)))
         .observe(document.querySelector("#columns"), {childList: true, subtree: true, characterData: true}); }"""
     )
     visitor.ask("How do I keep basil alive through the winter?")
@@ -184,6 +124,7 @@ def test_retry_undo_and_clear(visit: Callable[..., Visitor]) -> None:
     visitor.click("clear")
     visitor.wait_for("Ready")
     assert visitor.texts() == [[], [], []] and visitor.figures() == [""] * 3
+    assert visitor.tab.locator("#columns [aria-label=Clear]:visible").count() == 0  # one column cannot be emptied alone
     visitor.click("undo")
     visitor.wait_for("nothing to undo")
     visitor.click("retry")
@@ -240,8 +181,7 @@ def test_exports_are_files_with_everything_said(visit: Callable[..., Visitor]) -
     record = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
     answers = record["turns"][0]["answers"]
     assert download.value.suggested_filename == "conversation.json" and list(answers) == list(ARMS)
-    shown = [" ".join(column[0].split()) for column in visitor.texts()]
-    assert [" ".join(answer["text"].split()) or "(no answer)" for answer in answers.values()] == shown
+    assert [answer["text"] or "(no answer)" for answer in answers.values()] == [column[0] for column in visitor.texts()]
     with visitor.tab.expect_download() as download:
         visitor.click("export_markdown")
     text = Path(download.value.path()).read_text(encoding="utf-8")
@@ -251,13 +191,18 @@ def test_exports_are_files_with_everything_said(visit: Callable[..., Visitor]) -
     assert "the evaluation" in Path(download.value.path()).read_text(encoding="utf-8")
 
 
-def test_an_answer_is_copied_as_it_was_given(visit: Callable[..., Visitor]) -> None:
+def test_answers_are_shown_and_copied_as_they_were_given(visit: Callable[..., Visitor], say: Say) -> None:
+    code = "def f(x):\n    if x < 1:\n\treturn x\n    return 2  # & more"
+    say("plus", code)
     visitor = visit()
-    visitor.ask("How do I keep basil alive?")
-    visitor.tab.locator(".copy-answer").nth(2).click()
-    playwright.expect(visitor.tab.locator(".copy-answer").nth(2)).to_have_text("Copied")
-    copied = visitor.tab.evaluate("navigator.clipboard.readText()")
-    assert copied.split() == visitor.texts()[2][0].split()
+    visitor.ask("One")
+    visitor.ask("  indented\n      message")
+    assert visitor.texts()[2] == [code, code]
+    assert visitor.texts("user")[0][1] == "indented\n      message"
+    for which in (0, 1):  # of the newest answer, and of the one before
+        visitor.tab.locator("#figures_2 .copy-answer").nth(which).click()
+        playwright.expect(visitor.tab.locator("#figures_2 .copy-answer").nth(which)).to_have_text("Copied")
+        assert visitor.tab.evaluate("navigator.clipboard.readText()") == code
 
 
 def test_a_reload_keeps_the_conversation(visit: Callable[..., Visitor], served: Served) -> None:
@@ -293,21 +238,13 @@ def test_what_is_wrong_is_said_and_the_page_goes_on(visit: Callable[..., Visitor
     visitor.ask("hello")
 
 
-def test_markup_is_text(visit: Callable[..., Visitor], monkeypatch: pytest.MonkeyPatch, served: Served) -> None:
+def test_markup_is_text(visit: Callable[..., Visitor], say: Say) -> None:
     """In messages and in answers alike, nothing is fetched, run or hidden."""
-    from lora_rlhf.chat.comparison import ChatComparison
-
     hostile = (
         "<script>alert(1)</script><img src=http://x.invalid/x onerror=alert(2)><b>b</b> [a](javascript:alert(3)) &lt;"
     )
-    real = ChatComparison._read
-
-    def read(self: ChatComparison, names: list[str], decoding: Any, answers: Any, seconds: float) -> None:
-        real(self, names, decoding, answers, seconds)
-        for answer in answers.values():
-            answer.text = hostile
-
-    monkeypatch.setattr(ChatComparison, "_read", read)
+    for arm in ("base", "instruct", "plus"):
+        say(arm, hostile)
     visitor = visit()
     visitor.ask(hostile)
     assert visitor.texts("user") == [[hostile]] * 3
@@ -315,22 +252,16 @@ def test_markup_is_text(visit: Callable[..., Visitor], monkeypatch: pytest.Monke
     assert visitor.tab.locator("#columns .arm [data-testid=bot] :is(script, img, b, a)").count() == 0
 
 
-def test_bad_words_are_named_and_marked(visit: Callable[..., Visitor], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_rlhf.chat.comparison import ChatComparison
-
-    real = ChatComparison._read
-
-    def read(self: ChatComparison, names: list[str], decoding: Any, answers: Any, seconds: float) -> None:
-        real(self, names, decoding, answers, seconds)
-        answers["plus"].text, answers["plus"].bad_words = "Damn, that <damn> basil.", ["damn"]
-
-    monkeypatch.setattr(ChatComparison, "_read", read)
+def test_bad_words_are_named_and_marked_in_every_answer(visit: Callable[..., Visitor], say: Say) -> None:
+    say("plus", "Damn, that <damn> basil. İ Say damnation, damn_it or Goddamn; damn.", ["damn"])
     visitor = visit()
     visitor.ask("How do I keep basil alive?")
     assert "bad words: damn" in visitor.figures()[2]
     ranges = "[...(CSS.highlights.get('bad-words') ?? [])].map((range) => range.toString())"
-    assert eventually(lambda: visitor.tab.evaluate(ranges) == ["Damn", "damn"])
+    assert eventually(lambda: visitor.tab.evaluate(ranges) == ["Damn", "damn", "damn"])
     visitor.picture("bad_words")
+    visitor.ask("And mint?")
+    assert eventually(lambda: len(visitor.tab.evaluate(ranges)) == 6)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -347,7 +278,7 @@ def test_a_phone_stacks_the_columns(visit: Callable[..., Visitor], theme: str) -
 def test_dark_mode_is_readable(visit: Callable[..., Visitor]) -> None:
     visitor = visit("?__theme=dark", color_scheme="dark")
     visitor.ask("How do I keep basil alive through the winter?")
-    for part in ("#columns [data-testid=bot]", "#columns p.figures", "#status p", "#message textarea"):
+    for part in ("#columns [data-testid=bot]", "#columns .figures li", "#status p", "#message textarea"):
         assert contrast(visitor.tab, part) >= 4.5
     visitor.picture("dark")
 
@@ -382,6 +313,10 @@ def test_every_control_has_a_name(visit: Callable[..., Visitor]) -> None:
     )
     assert nameless == []
     assert visitor.tab.locator("#status [role=status][aria-live=polite]").count() == 1
+    logs = visitor.tab.locator("#columns [role=log]")
+    named = [f"conversation with {arm}" for arm in ARMS]
+    assert eventually(lambda: [log.get_attribute("aria-label") for log in logs.all()] == named)
+    assert {log.get_attribute("aria-live") for log in logs.all()} == {"off"}
 
 
 def test_a_closed_tab_frees_its_slot(visit: Callable[..., Visitor], served: Served) -> None:
