@@ -9,9 +9,10 @@ What goes there: the policy adapter (or the merged model), tokenizer and chat te
 summary.json, curves.png, a model card (README.md), and run.json, which says which run it is. What does not: sampled
 answers, the data, the value adapter, and every path of this machine. The licence is the base model's.
 
-One commit and one tag (run-…, which follows from the weights). The same command again does nothing; after an
-interruption it goes on; with new figures (say, of recipes/evaluate.py) it updates the card. What another run has put
-into the repository is left alone without --force.
+One commit and one tag (run-…, which follows from the weights). The same command again does nothing if every file is
+there as it was pushed; after an interruption it goes on; with new figures (say, of recipes/evaluate.py) it updates the
+card; what was deleted or edited on the Hub since it puts back ("repaired"). Each of these is one commit more, and the
+tag stays at the first. What another run has put into the repository is left alone without --force.
 
 The token is read from HF_TOKEN, or from the login that `hf auth login` keeps. It is back in three lines:
 
@@ -66,7 +67,7 @@ def main() -> None:
             note(f"\n{folder.card}\nnothing was sent: what would be pushed is in {folder.path}, as {folder.tag}")
             continue
         pushed = push(folder, repo_id, private=given.private, force=given.force)
-        note(f"  {pushed.outcome}: {pushed.tag} is commit {pushed.commit[:12]} of {pushed.url}")
+        note(f"  {pushed.text}")
         if folder.kind != "reward":
             note("\n".join(["", *load_plus_lines(repo_id, folder.origin)]))
 

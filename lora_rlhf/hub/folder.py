@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from lora_rlhf.config import RunConfig
-from lora_rlhf.config_file import BadYaml, config_from_file, config_to_mapping, plain_yaml
+from lora_rlhf.config_file import config_from_file, config_to_mapping
 from lora_rlhf.errors import UserError
 from lora_rlhf.hub.base_origin import BaseOrigin, base_origin, portable_name
+from lora_rlhf.hub.claims import evaluation_claims
 from lora_rlhf.hub.model_card import CardFacts, Kind, model_card
 from lora_rlhf.run import run_summary, write_text
 
@@ -65,6 +66,14 @@ class HubFolder:
         """Return path in the repository -> bytes, of every file."""
         return {name: (self.path / name).stat().st_size for name in sorted([*self.files, RUN_FILE])}
 
+    def is_content(self, name: str, oid: str | None) -> bool:
+        """Return whether the content of a file is what git-LFS calls by the SHA-256 `oid`, or git by a SHA-1."""
+        if oid is None:
+            return False
+        if len(oid) == 64:
+            return oid == (self.files.get(name) or _sha256(self.path / name))
+        return oid == _blob_id(self.path / name)
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -88,9 +97,10 @@ def hub_folder(output_dir: Path, kind: Kind, repo_id: str, ask_hub: bool) -> Hub
         ask_hub: read the base's licence from the Hub where nothing here knows it.
 
     Raises:
-        UserError: no run there, a stage of it is not finished, or what a stage left is gone.
+        UserError: no run there, a stage of it is not finished, what a stage left is gone, or its evaluation's results
+            are malformed.
     """
-    run = finished_run(output_dir, kind)
+    run, claims = finished_run(output_dir, kind), evaluation_claims(output_dir)
     origin = base_origin(run.config.model_name_or_path, run.config.model_revision, ask_hub)
     target = run / "hub" / kind
     half = target.with_name(f".{kind}.part")
@@ -104,7 +114,7 @@ def hub_folder(output_dir: Path, kind: Kind, repo_id: str, ask_hub: bool) -> Hub
         config = portable_config(run.config, origin)
         text = yaml.safe_dump(config_to_mapping(config), sort_keys=False, allow_unicode=True)
         write_text(half / "config.yaml", text)
-        card = model_card(CardFacts(repo_id, kind, config, origin, run.summary, evaluation_claims(output_dir)))
+        card = model_card(CardFacts(repo_id, kind, config, origin, run.summary, claims))
         write_text(half / "README.md", card)
         files = {path.name: _sha256(path) for path in sorted(half.iterdir())}
         tag = run_tag(kind, files)
@@ -170,15 +180,6 @@ def portable_config(config: RunConfig, origin: BaseOrigin) -> RunConfig:
     )
 
 
-def evaluation_claims(output_dir: Path) -> list[dict[str, Any]]:
-    """Return the claims in OUTPUT_DIR/evaluation/results.json; none where the run was not evaluated."""
-    try:
-        held = plain_yaml((output_dir / "evaluation" / "results.json").read_text(encoding="utf-8"))
-        return [dict(claim) for claim in held["claims"]]
-    except (OSError, UnicodeDecodeError, BadYaml, KeyError, TypeError, ValueError):
-        return []
-
-
 def run_tag(kind: Kind, files: dict[str, str]) -> str:
     """Return the tag of a run: it follows from weights, config and metrics, not from the card."""
     made = [f"{name}:{files[name]}" for name in sorted(files) if name.endswith((".safetensors", "metrics.jsonl"))]
@@ -224,3 +225,9 @@ def _put(source: Path, target: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _blob_id(path: Path) -> str:
+    head = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, lambda: head).hexdigest()

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.hub.base_origin import BaseOrigin, is_local
 from lora_rlhf.hub.card_code import adapter_code, load_plus_code, merged_code, merging_code, reward_code
+from lora_rlhf.hub.claims import Claim
 
 Kind = Literal["adapter", "merged", "reward"]
 
@@ -52,7 +53,7 @@ class CardFacts:
     config: RunConfig
     origin: BaseOrigin
     summary: Mapping[str, Any]
-    claims: list[dict[str, Any]]
+    claims: list[Claim]
 
     @property
     def name(self) -> str:
@@ -136,15 +137,14 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
         if _finite(plus.get(key))
     ]
     for claim in _claims_of_plus(facts):
-        difference = claim["difference"]
-        text = f"{claim['claim']}: {claim['measure']}, difference to base, 95 % interval {_interval(difference)}"
-        text += f" (n = {claim['n']}): {claim['verdict']}"
-        results.append(result("difference", float(f"{difference['value']:.4g}"), text, evaluated=True))
+        text = f"{claim.claim}: {claim.measure}, difference to base, 95 % interval {_interval(claim)}"
+        text += f" (n = {claim.n}): {claim.verdict}"
+        results.append(result("difference", float(f"{claim.value:.4g}"), text, evaluated=True))
     return results
 
 
-def _claims_of_plus(facts: CardFacts) -> list[dict[str, Any]]:
-    return [c for c in facts.claims if c.get("arm") == "plus" and _finite(c["difference"].get("value"))]
+def _claims_of_plus(facts: CardFacts) -> list[Claim]:
+    return [claim for claim in facts.claims if claim.arm == "plus"]
 
 
 def _introduction(facts: CardFacts) -> str:
@@ -217,15 +217,11 @@ def _results(facts: CardFacts) -> Iterable[str]:
         yield _table(("arm", "reward", "wins against base", "KL to base", "ended", "bad words", "prompts"), rows)
     if facts.claims:
         yield "The paper's claims as `recipes/evaluate.py` found them; differences to base with 95 % intervals:"
-        yield _table(
-            ("claim", "arm", "measured by", "difference", "n", "verdict"),
-            [
-                (c["claim"], facts.arms.get(c["arm"], c["arm"]), c["measure"],
-                 f"{c['difference']['value']:+.3g} {_interval(c['difference'])}", str(c["n"]), c["verdict"])
-                for c in facts.claims
-                if _finite(c["difference"].get("value"))
-            ],
-        )  # fmt: skip
+        rows = [
+            (c.claim, facts.arms.get(c.arm, c.arm), c.measure, f"{c.value:+.3g} {_interval(c)}", str(c.n), c.verdict)
+            for c in facts.claims
+        ]
+        yield _table(("claim", "arm", "measured by", "difference", "n", "verdict"), rows)
     else:
         yield "The run was not evaluated with `recipes/evaluate.py`: nothing here speaks of general abilities."
     yield "![reward, KL, ended share and length over the PPO steps](curves.png)"
@@ -334,7 +330,7 @@ def _limitations(facts: CardFacts) -> str:
             "It can state falsehoods, and repeat what is objectionable in its base model and data.",
             f"It has learnt from {facts.data} alone; other languages and longer dialogues were not looked at.",
         ]
-        unclear = sum(claim["verdict"] == "cannot tell" for claim in _claims_of_plus(facts))
+        unclear = sum(claim.verdict == "cannot tell" for claim in _claims_of_plus(facts))
         if unclear:
             points.append(f"{unclear} of the measured claims about it cannot be told from so few items.")
     return "\n".join(f"- {point}" for point in points)
@@ -346,8 +342,8 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _interval(difference: Mapping[str, Any]) -> str:
-    ends = [f"{difference[end]:+.3g}" if _finite(difference.get(end)) else "?" for end in ("low", "high")]
+def _interval(claim: Claim) -> str:
+    ends = ["?" if end is None else f"{end:+.3g}" for end in (claim.low, claim.high)]
     return f"[{', '.join(ends)}]"
 
 

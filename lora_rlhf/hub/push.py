@@ -1,7 +1,8 @@
 """Pushing a folder to the Hugging Face Hub: one commit, a tag for the run, and again as often as it is interrupted.
 
 A push begins with what the repository holds, so that repeating it whole is safe: large files that arrived are not sent
-again, a commit that was made is recognised by `run.json`, and a missing tag is made up.
+again, a commit that was made is recognised by the content of its files, and a missing tag is made up. What somebody
+deleted or edited there since is put back. A tag never moves: whoever loads a run by it gets the same files each time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,7 +33,10 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.hub.folder import RUN_FILE, HubFolder
 from lora_rlhf.terminal import console, note
 
-Outcome = Literal["pushed", "replaced", "updated", "tagged", "nothing to do"]
+Outcome = Literal["pushed", "replaced", "updated", "repaired", "tagged", "nothing to do"]
+"""In one commit, the run came into an empty repository, took another's place, got new files beside the same weights, or
+got back what was deleted or edited on the Hub; or the commit was there and got its tag; or all was there."""
+COMMIT_OF = {"pushed": "Push", "replaced": "Push", "updated": "Update", "repaired": "Repair"}
 
 PAUSES_S = (1.0, 3.0, 9.0)
 """Waits before a push that failed for a passing reason is repeated, where the Hub does not name its own."""
@@ -44,28 +48,56 @@ _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What came of a push: the repository's address, the commit and tag that hold the run, and what was done for it."""
+    """What came of a push.
+
+    Attributes:
+        url: the repository's address.
+        head: the commit that its main branch is at, which holds the folder whole.
+        tag: the run's.
+        tagged: the commit that the tag is at, which was `head` when it was made. They differ where the run was updated
+            or repaired since, replaced and put back, or somebody put a file of their own beside it.
+        outcome: what was done.
+    """
 
     url: str
-    commit: str
+    head: str
     tag: str
+    tagged: str
     outcome: Outcome
+
+    @property
+    def text(self) -> str:
+        """What was done, and at which commits, for people."""
+        if self.outcome in ("tagged", "nothing to do") or self.head == self.tagged:
+            return f"{self.outcome}: {self.tag} is commit {self.tagged[:12]} of {self.url}"
+        return (
+            f"{self.outcome}: {self.url} is now at commit {self.head[:12]}; "
+            f"its tag {self.tag} stays at commit {self.tagged[:12]}"
+        )
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a repository holds before a push: its head, files, tags, and `run.json` where it is one of ours."""
+    """What a repository holds before a push.
+
+    Attributes:
+        head: the commit that its main branch is at.
+        private: whether it is.
+        files: name -> SHA-256 of those in git-LFS, the blob's SHA-1 of others; None where the Hub does not say.
+        tags: name -> commit.
+        run: `run.json`, where it is one of ours.
+    """
 
     head: str
     private: bool
-    files: frozenset[str]
-    tags: frozenset[str]
+    files: dict[str, str | None]
+    tags: dict[str, str]
     run: dict[str, Any] | None
 
     @property
     def empty(self) -> bool:
         """Whether nobody has put anything there."""
-        return self.files <= set(SERVERS_OWN)
+        return self.files.keys() <= set(SERVERS_OWN)
 
 
 @dataclass(frozen=True)
@@ -87,7 +119,7 @@ def check_repo_id(repo_id: str, option: str = "--repo_id") -> None:
 
 
 def push(folder: HubFolder, repo_id: str, private: bool = False, force: bool = False) -> Pushed:
-    """Make `repo_id` hold `folder`, in one commit on top of what it holds, and tag it.
+    """Make `repo_id` hold `folder`, in one commit on top of what it holds, and tag it where the tag is not there yet.
 
     Args:
         folder: what is pushed.
@@ -128,36 +160,37 @@ def _pushed(api: HfApi, folder: HubFolder, repo_id: str, private: bool, force: b
             f"--private: {repo_id} exists and is public. Make it private in its settings on the Hub first, choose "
             "another --repo_id, or leave --private out"
         )
-    ours = held.run is not None and held.run["run"] == folder.tag
-    url, commit = f"{api.endpoint}/{repo_id}", held.head
-    if held.run is not None and ours and held.run["files"] == folder.files:
-        outcome: Outcome = "nothing to do" if folder.tag in held.tags else "tagged"
-    else:
+    head = held.head
+    outcome: Outcome = "nothing to do" if folder.tag in held.tags else "tagged"
+    if lacking := _lacking(folder, held):
+        ours = _is_ours(folder, held, lacking)
         if not (ours or held.empty or force):
             raise UserError(_occupied(repo_id, held))
-        outcome = "pushed" if held.empty else "updated" if ours else "replaced"
+        change = _change(folder, held, ours)
         gone = _gone(folder, held, everything=not ours)
-        commit = api.create_commit(
+        head = api.create_commit(
             repo_id,
-            [*_additions(folder), *(CommitOperationDelete(name, is_folder=False) for name in gone)],
-            commit_message=f"{'Update' if ours else 'Push'} {folder.tag} with lora_rlhf {version('lora-rlhf')}",
+            [*_additions(folder, lacking), *(CommitOperationDelete(name, is_folder=False) for name in gone)],
+            commit_message=f"{COMMIT_OF[change]} {folder.tag} with lora_rlhf {version('lora-rlhf')}",
             parent_commit=held.head,
         ).oid
+        if head != held.head:  # the client makes no commit of files that the Hub turns out to have
+            outcome = change
     if folder.tag not in held.tags:
-        api.create_tag(repo_id, tag=folder.tag, revision=commit, exist_ok=True)
-    return Pushed(url, commit, folder.tag, outcome)
+        api.create_tag(repo_id, tag=folder.tag, revision=head, exist_ok=True)
+    return Pushed(f"{api.endpoint}/{repo_id}", head, folder.tag, held.tags.get(folder.tag, head), outcome)
 
 
 def _held(api: HfApi, repo_id: str) -> Held | None:
     """Return what the repository holds; none where there is none."""
     try:
-        info = api.model_info(repo_id)
+        info = api.model_info(repo_id, files_metadata=True)
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
         return None
-    files = frozenset(sibling.rfilename for sibling in info.siblings or ())
-    tags = frozenset(tag.name for tag in api.list_repo_refs(repo_id).tags)
+    files = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
+    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo_id).tags}
     run = None
     if RUN_FILE in files:
         run = _run_of(Path(api.hf_hub_download(repo_id, RUN_FILE, revision=info.sha)))
@@ -174,20 +207,42 @@ def _run_of(file: Path) -> dict[str, Any] | None:
     return run if whole and "lora_rlhf" in run and isinstance(run.get("run"), str) else None
 
 
-def _additions(folder: HubFolder) -> Iterator[CommitOperationAdd]:
-    for name in folder.sizes():
+def _lacking(folder: HubFolder, held: Held) -> list[str]:
+    """Return the files of the folder that the repository has not, or not with this content."""
+    return [name for name in folder.sizes() if not folder.is_content(name, held.files.get(name))]
+
+
+def _is_ours(folder: HubFolder, held: Held, lacking: list[str]) -> bool:
+    """Return whether the repository holds this run, whatever it lacks of it."""
+    if held.run is not None:
+        return held.run["run"] == folder.tag
+    # run.json itself was deleted or edited: the tag tells whose it was, if nothing of another model is there
+    known = {*folder.files, RUN_FILE, *SERVERS_OWN}
+    other_weights = any(name in held.files for name in lacking if name.endswith(".safetensors"))
+    return folder.tag in held.tags and held.files.keys() <= known and not other_weights
+
+
+def _change(folder: HubFolder, held: Held, ours: bool) -> Outcome:
+    if held.empty or not ours:
+        return "pushed" if held.empty else "replaced"
+    pushed_so = held.run and (held.run["files"], held.run["lora_rlhf"]) == (folder.files, version("lora-rlhf"))
+    return "repaired" if held.run is None or pushed_so else "updated"
+
+
+def _additions(folder: HubFolder, names: Iterable[str]) -> Iterator[CommitOperationAdd]:
+    for name in names:
         yield CommitOperationAdd(name, folder.path / name)
 
 
 def _gone(folder: HubFolder, held: Held, everything: bool) -> list[str]:
     """Return the files of the repository that the push takes away: all it lacks, or those of the run's last push."""
-    theirs = held.files if everything or held.run is None else held.files & held.run["files"].keys()
+    theirs = held.files.keys() if everything or held.run is None else held.files.keys() & held.run["files"].keys()
     return sorted(theirs - folder.files.keys() - {RUN_FILE, *SERVERS_OWN})
 
 
 def _occupied(repo_id: str, held: Held) -> str:
     if held.run is None:
-        what = f"files that lora_rlhf did not push ({', '.join(sorted(held.files - set(SERVERS_OWN))[:3])}, …)"
+        what = f"files that lora_rlhf did not push ({', '.join(sorted(held.files.keys() - set(SERVERS_OWN))[:3])}, …)"
     else:
         what = f"another push ({held.run.get('kind')}, {held.run['run']})"
     return (

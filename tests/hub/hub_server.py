@@ -15,10 +15,10 @@ import threading
 from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from card_check import card_faults
-from hub_state import ATTRIBUTES, LARGE, Commit, Fault, Refused, Repository, oid_of
+from hub_state import ATTRIBUTES, LARGE, Commit, Fault, Refused, Repository, listed, oid_of
 
 
 class HubServer:
@@ -35,6 +35,7 @@ class HubServer:
         requests: `METHOD /path` of every request, in order.
         uploads: bytes that came for each stored file, so that a second upload shows.
         faults: still to happen, in order.
+        tells_contents: whether a listing with blobs says what the files hold, as mirrors of the Hub may not.
     """
 
     def __init__(self, users: dict[str, tuple[str, bool]], part_size: int = 200_000) -> None:
@@ -46,6 +47,7 @@ class HubServer:
         self.requests: list[str] = []
         self.authorized_uploads = 0
         self.faults: list[Fault] = []
+        self.tells_contents = True
         self.lock = threading.RLock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -105,7 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def _handle(self) -> None:
-        hub, self.path = self.server.hub, unquote(urlsplit(self.path).path)
+        hub, asked = self.server.hub, urlsplit(self.path)
+        self.path, self.query = unquote(asked.path), parse_qs(asked.query)
         request = f"{self.command} {self.path}"
         with hub.lock:
             hub.requests.append(request)
@@ -295,7 +298,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, repo: str, revision: str | None = None) -> Any:
         held, commit = self.repository(repo), self.at(repo, revision or "main")
-        siblings = [{"rfilename": path} for path in commit.files]
+        blobs = self.server.hub.tells_contents and "blobs" in self.query
+        siblings = [{"rfilename": path} | (listed(path, data) if blobs else {}) for path, data in commit.files.items()]
         return {
             "id": repo, "modelId": repo, "sha": commit.oid, "private": held.private, "gated": False, "tags": [],
             "siblings": siblings, "downloads": 0, "likes": 0,

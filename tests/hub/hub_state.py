@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 TOKEN, READER = "hf_StandInTokenThatMayWrite0001", "hf_StandInTokenThatMayRead00002"
@@ -67,4 +67,18 @@ def oid_of(path: str, content: bytes) -> str:
     """Return what git calls the content: the SHA-256 of large files, else the SHA-1 of the blob."""
     if path.endswith(LARGE):
         return hashlib.sha256(content).hexdigest()
+    return blob_id(content)
+
+
+def blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def listed(path: str, content: bytes) -> dict[str, Any]:
+    """Return what a listing with blobs says of a file: in git, a large file is a pointer to its content."""
+    if not path.endswith(LARGE):
+        return {"size": len(content), "blobId": blob_id(content)}
+    oid = oid_of(path, content)
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n".encode()
+    lfs = {"sha256": oid, "size": len(content), "pointerSize": len(pointer)}
+    return {"size": len(content), "blobId": blob_id(pointer), "lfs": lfs}

@@ -161,10 +161,10 @@ def test_someone_elses_commit_in_between_is_seen(
     hub.create("you/plus")
     additions = lora_rlhf.hub.push._additions
 
-    def meanwhile(folder: Any) -> Any:
+    def meanwhile(folder: Any, names: list[str]) -> Any:
         if len(hub.repositories["you/plus"].commits) == 1:
             hub.commit("you/plus", "theirs", {"model.bin": b"x"})
-        return additions(folder)
+        return additions(folder, names)
 
     monkeypatch.setattr(lora_rlhf.hub.push, "_additions", meanwhile)
     refused("files that lora_rlhf did not push (model.bin")

@@ -27,6 +27,7 @@ from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.hub.base_origin import BaseOrigin, Licence, base_origin, portable_name
+from lora_rlhf.hub.claims import Claim
 from lora_rlhf.hub.folder import portable_config
 from lora_rlhf.hub.model_card import CardFacts, Kind, model_card
 
@@ -43,10 +44,7 @@ SUMMARY: dict[str, Any] = {
     "merge": {"target": "dequantized", "drift": {"original": 0.21, "dequantized": 0.001}},
     "versions": {"torch": "2.13.0"},
 }  # fmt: skip
-CLAIM: dict[str, Any] = {
-    "claim": "chats better than base", "arm": "plus", "measure": "reward of the referee", "n": 37, "needed_n": None,
-    "difference": {"value": 1.25, "low": 0.5, "high": 2.0, "stderr": 0.4, "n": 37}, "verdict": "holds",
-}  # fmt: skip
+CLAIM = Claim("chats better than base", "plus", "reward of the referee", 37, "holds", 1.25, 0.5, 2.0)
 KINDS: tuple[Kind, ...] = ("adapter", "merged", "reward")
 ORIGINS = {
     "hub": BaseOrigin("hub", "mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1", "f" * 40, Licence("apache-2.0")),
@@ -123,9 +121,10 @@ def test_the_figures_of_the_front_matter_are_the_runs(tmp_path: Path, kind: Kind
 
 def test_figures_that_are_not_numbers_are_left_out() -> None:
     arms = {name: arm | {"kl_to_base": None} for name, arm in SUMMARY["arms"].items()}
-    odd = CLAIM | {"difference": CLAIM["difference"] | {"value": float("nan")}}
-    card = model_card(facts(summary=SUMMARY | {"arms": arms}, claims=[odd]))
+    unclear = replace(CLAIM, low=None, high=None, verdict="cannot tell")
+    card = model_card(facts(summary=SUMMARY | {"arms": arms}, claims=[unclear]))
     assert "kl_divergence" not in card
+    assert "+1.25 [?, ?]" in card
     assert "nan" not in card
     assert card_faults(card) == []
 
