@@ -12,6 +12,11 @@ from typing import Any, Literal
 EMBEDDED = "embedded"
 """Name of the default model and of the default data set: both come with the package, without the Hub."""
 
+MAY_CHANGE = (
+    "output_dir", "overwrite_output_dir", "save_steps", "save_minutes", "save_total_limit", "sample_steps", "report_to",
+)  # fmt: skip
+"""Fields that may differ between two starts of one run: no number depends on them."""
+
 TINY = "tiny"
 """Name of the two-layer random-weight Mistral that is built on the spot."""
 
@@ -103,6 +108,12 @@ class PpoSettings:
     update_kl_limit: float | None = setting(
         0.2, "End a step's passes early when new and old policy differ by more (nats per token); none: never."
     )
+    max_stopped_updates: int | None = setting(
+        5, "Stop PPO when so many steps in a row ended at update_kl_limit; none: never."
+    )
+    max_skipped_steps: int | None = setting(
+        3, "Steps in a row that may be skipped for NaN or infinity; one more ends the run. None: any number."
+    )
     cliprange: float = setting(0.2, "Clip range of the probability ratio.")
     cliprange_value: float = setting(0.2, "Clip range of the value around its old one.")
     vf_coef: float = setting(0.1, "Weight of the value loss.")
@@ -142,7 +153,8 @@ class PpoSettings:
     reward_sources: list[dict[str, Any]] = setting(
         [],
         "Rewards that add up; each a mapping with `kind` (adapter, model or function), `path`, and `weight` (1). "
-        "Empty: the run's own reward adapter.",
+        "Empty: the run's own reward adapter. A function is code that is imported and run, the only code that a config "
+        "can name: read it first where the config is not yours.",
     )
 
 
@@ -190,10 +202,22 @@ class RunConfig:
         [EMBEDDED], "Preference data: `embedded`, Hub name, folder or file; NAME:SUBFOLDER picks a part."
     )
     dataset_weights: list[float] = setting([], "Share of each data set in the mixture; empty: all rows of each.")
+    on_bad_rows: Literal["error", "skip"] = setting(
+        "error",
+        "Rows without preference data (no JSON, a column missing or of another type): error stops at the first and "
+        "names it; skip leaves them out, counted.",
+    )
     max_prompt_length: int = setting(256, "Prompts with more tokens are left out, and counted.")
     max_length: int = setting(512, "Pairs with more tokens in prompt and answer are left out, and counted.")
     max_train_pairs: int | None = setting(None, "Use at most this many training pairs.")
     max_eval_pairs: int | None = setting(None, "Use at most this many held-out pairs.")
+    save_steps: int = setting(20, "PPO steps between two checkpoints; 0: by save_minutes alone.")
+    save_minutes: float = setting(10.0, "Minutes after which a checkpoint is due as well; 0: by save_steps alone.")
+    save_total_limit: int = setting(2, "Checkpoints kept of a stage that is not finished; at least 1.")
+    sample_steps: int = setting(10, "PPO steps between two tables of sample answers; 0: none.")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
+        "none", "Where PPO's metrics and sample answers go besides metrics.jsonl; each needs its package."
+    )
     lora: LoraSettings = field(default_factory=LoraSettings, metadata={"help": "Adapters."})
     reward: RewardSettings = field(default_factory=RewardSettings, metadata={"help": "Reward stage."})
     sft: SftSettings = field(default_factory=SftSettings, metadata={"help": "Instruct stage."})

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
-from lora_rlhf.config import RunConfig
+from lora_rlhf.checkpoint_folders import sync
+from lora_rlhf.config import MAY_CHANGE, RunConfig
 from lora_rlhf.config_file import BadYaml, config_to_mapping, differing_fields, plain_yaml
 from lora_rlhf.errors import UserError
 
+LOCK = ".lock"
+_LOCKS: dict[Path, IO[str]] = {}
 STAGES = ("base", "reward", "instruct", "ppo", "merge", "compare")
 CONTENTS = (
     "config.yaml", "summary.json", "metrics.jsonl", "curves.png", "score_scales.json", "samples.json",
     "reward_adapter", "instruct_adapter", "policy_adapter", "policy_snapshots", "value_adapter", "merged", "evaluation",
-    "hub",
+    "hub", "checkpoints", "skipped", "step_samples.jsonl", "tracking",
 )  # fmt: skip
 PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "unsloth")
 
@@ -31,17 +35,24 @@ PACKAGES = ("lora-rlhf", "torch", "transformers", "peft", "bitsandbytes", "trl",
 class RunDirectory:
     """The files of one run. A stage is finished when `summary.json` has its seconds, written after all else."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, writes: bool = True) -> None:
         """Open or begin the run of `config`.
+
+        Args:
+            config: of the run.
+            writes: whether this process does; of several in one run only the main one.
 
         Raises:
             UserError: the directory holds another run, is not a directory, or cannot be written.
         """
         self.config = config
-        self.path = Path(config.output_dir)
-        wanted = {k: v for k, v in config_to_mapping(config).items() if k not in ("output_dir", "overwrite_output_dir")}
+        self.path, self.writes = Path(config.output_dir), writes
+        if not writes:
+            return
+        wanted = {k: v for k, v in config_to_mapping(config).items() if k not in MAY_CHANGE}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock(self / LOCK)
             if config.overwrite_output_dir:
                 self._clear()
             if (self / "config.yaml").is_file() and self._begun():
@@ -70,11 +81,18 @@ class RunDirectory:
         started = time.perf_counter()
         results: dict[str, Any] = {}
         yield results
+        if not self.writes:
+            return
         summary = self.summary
         summary |= results
         summary.setdefault("seconds", {})[name] = round(time.perf_counter() - started, 2)
         summary["versions"] = package_versions()
         write_text(self / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+    def wait_for(self, stages: Iterable[str]) -> None:
+        """Return when the main process has finished these stages."""
+        while not all(self.finished(stage) for stage in stages):
+            time.sleep(1)
 
     def needed(self, name: str, stage: str) -> Path:
         """Return the path of what an earlier stage left; raise `UserError` where it did not."""
@@ -92,7 +110,7 @@ class RunDirectory:
         return any((self / name).exists() for name in CONTENTS if name != "config.yaml")
 
     def _clear(self) -> None:
-        if any(self.path.iterdir()) and not (self / "config.yaml").is_file():
+        if any(file.name != LOCK for file in self.path.iterdir()) and not (self / "config.yaml").is_file():
             raise UserError(f"output_dir: {self.path} has files but no config.yaml: it is no run, and is left alone")
         for name in CONTENTS:
             if (self / name).is_dir() and not (self / name).is_symlink():
@@ -107,7 +125,7 @@ class RunDirectory:
             held = None
         if not isinstance(held, dict):
             raise UserError(f"output_dir: {self / 'config.yaml'} is damaged; choose another --output_dir")
-        held = {k: v for k, v in held.items() if k not in ("output_dir", "overwrite_output_dir")}
+        held = _filled({k: v for k, v in held.items() if k not in MAY_CHANGE}, config_to_mapping(RunConfig()))
         if fields := differing_fields(held, wanted):
             shown = ", ".join(fields[:5]) + (f" and {len(fields) - 5} more" if len(fields) > 5 else "")
             raise UserError(
@@ -115,6 +133,40 @@ class RunDirectory:
                 f"Choose another --output_dir, start afresh with --overwrite_output_dir, or go on with "
                 f"--config {self / 'config.yaml'}"
             )
+
+
+def _filled(held: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return a config as it was written, with the defaults of fields that came later."""
+    found = {k: v for k, v in defaults.items() if k not in MAY_CHANGE} | held
+    return {
+        k: _filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
+        for k, v in found.items()
+    }
+
+
+def lock(file: Path) -> None:
+    """Lock `file` for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    if file.resolve() in _LOCKS:  # this very process
+        return
+    held = file.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.seek(0)
+        owner = held.read().strip() or "unknown"
+        held.close()
+        raise UserError(
+            f"output_dir: another run (process {owner}) is at work in {file.parent}: wait for it, or choose another "
+            "--output_dir"
+        ) from None
+    held.truncate(0)
+    held.write(f"{os.getpid()}\n")
+    held.flush()
+    _LOCKS[file.resolve()] = held
 
 
 def run_summary(folder: Path) -> dict[str, Any]:
@@ -131,10 +183,14 @@ def run_summary(folder: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, and have it on disk on return."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
 
 
 def package_versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,13 +25,16 @@ from lora_rlhf.instruct import train_instruct_adapter
 from lora_rlhf.memory import check_memory, with_checkpointing_decided
 from lora_rlhf.memory_peak import reset_peak_memory, return_freed_memory
 from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
+from lora_rlhf.ppo.checkpoint import scales_of
 from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.processes import Processes
 from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
+from lora_rlhf.ppo_steps import checkpoint_to_resume, taken_steps
 from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward, source_entries
 from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
-from lora_rlhf.terminal import arms_table, console, heading, note, progress, samples_table, step_heading, step_line
+from lora_rlhf.terminal import arms_table, console, heading, note, progress, samples_table
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Session:
     config: RunConfig
     run: RunDirectory
     tokenizer: Any
+    processes: Processes
     base: SharedBase | None = None
     _pairs: dict[Split, list[PreferencePair]] = field(default_factory=dict)
     _memory_checked: bool = False
@@ -56,8 +61,10 @@ class Session:
         source_entries(config)
         if config.model_name_or_path == EMBEDDED and not embedded_model_is_cached():
             note("the embedded model (SmolLM2-135M, 93 MB) is downloaded and converted, once; a minute or so")
+        processes = Processes()
+        console.quiet = not processes.is_main
         tokenizer = load_tokenizer(config)
-        return cls(config, RunDirectory(config), tokenizer)
+        return cls(config, RunDirectory(config, writes=processes.is_main), tokenizer, processes)
 
     def pairs(self, split: Split) -> list[PreferencePair]:
         """Return the preference pairs of a split, read once; says how many rows could not be used, and why."""
@@ -88,6 +95,8 @@ class Session:
 
 def base_stage(session: Session) -> None:
     """Download (once), load in 4 bits, and say what it takes; reads the data, so that bad data stops the run here."""
+    if not session.processes.is_main:
+        return
     heading("base", session.config.model_name_or_path)
     if session.run.finished("base"):
         note("  done before")
@@ -104,6 +113,8 @@ def base_stage(session: Session) -> None:
 
 def reward_stage(session: Session) -> None:
     """Train the LoRA reward adapter and measure its accuracy on held-out pairs."""
+    if not session.processes.is_main:
+        return
     heading("reward", "a LoRA reward adapter on preference pairs")
     config, run = session.config, session.run
     if not _uses_own_reward(config):
@@ -116,7 +127,8 @@ def reward_stage(session: Session) -> None:
         session.check_memory()
         train, test = session.pairs("train"), session.pairs("test")
         session.free_base()
-        train_reward_adapter(config, session.tokenizer, train, run / "reward_adapter")
+        with session.processes.alone():
+            train_reward_adapter(config, session.tokenizer, train, run / "reward_adapter")
         session.free_base()  # TRL's model is in cycles: it goes when garbage is collected
         base = session.shared_base()
         base.load_adapter(REWARD, run / "reward_adapter")
@@ -131,6 +143,8 @@ def _uses_own_reward(config: RunConfig) -> bool:
 
 def instruct_stage(session: Session) -> None:
     """Train the SFT arm, where the config names no instruct model."""
+    if not session.processes.is_main:
+        return
     config, run = session.config, session.run
     heading("instruct", config.instruct_model_name_or_path or "SFT on the chosen answers, as a LoRA adapter")
     if config.instruct_model_name_or_path:
@@ -143,7 +157,8 @@ def instruct_stage(session: Session) -> None:
         session.check_memory()
         train = session.pairs("train")
         session.free_base()
-        train_instruct_adapter(config, session.tokenizer, train, run / "instruct_adapter")
+        with session.processes.alone():
+            train_instruct_adapter(config, session.tokenizer, train, run / "instruct_adapter")
 
 
 def ppo_stage(session: Session) -> None:
@@ -153,9 +168,12 @@ def ppo_stage(session: Session) -> None:
     if run.finished("ppo"):
         note(f"  done before: {run.summary['ppo']['steps']} steps")
         return
+    if not session.processes.is_main:
+        run.wait_for(["base", *(["reward"] if _uses_own_reward(config) else [])])
+        run.wait_for([] if config.instruct_model_name_or_path else ["instruct"])
     if _uses_own_reward(config):
         run.needed("reward_adapter/adapter_model.safetensors", "reward")
-    with run.stage("ppo") as results:
+    with session.processes.connected(), run.stage("ppo") as results:
         session.check_memory()
         train = session.pairs("train")
         session.free_base()
@@ -163,12 +181,18 @@ def ppo_stage(session: Session) -> None:
         reset_peak_memory(base.device)
         reward = CombinedReward(reward_sources(config, base, run / "reward_adapter"))
         settings = with_checkpointing_decided(config).ppo
-        trainer = PpoTrainer(base, session.tokenizer, train, reward, settings, config.seed)
-        metrics = _ppo_steps(trainer, run)
+        state = session.processes.from_main(checkpoint_to_resume(run, config) if run.writes else None)
+        if state is not None:
+            reward.scales = scales_of(state.numbers)
+        trainer = PpoTrainer(base, session.tokenizer, train, reward, settings, config.seed, session.processes)
+        metrics = taken_steps(trainer, run, state)
+        if not run.writes:
+            return
         base.save_adapter(POLICY, run / "policy_adapter")
         base.save_adapter(VALUE, run / "value_adapter")
         write_text(run / "score_scales.json", json.dumps(trainer.normalization(), indent=1) + "\n")
         write_curves(metrics, run / "curves.png")
+        metrics = [m for m in metrics if "skipped" not in m]
         seconds = sorted(m["seconds_rollout"] + m["seconds_score"] + m["seconds_update"] for m in metrics)
         results["ppo"] = {
             "steps": trainer.step_count,
@@ -177,32 +201,17 @@ def ppo_stage(session: Session) -> None:
             "peak_memory_gib": metrics[-1]["peak_memory_gib"],
             "stopped_early": trainer.stopped_early,
         }
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # the finished stage has all of it
     if trainer.stopped_early:
         note(
             f"  stopped early: {trainer.stopped_early}. A larger ppo.kl_coef or a smaller learning rate holds it back."
         )
 
 
-def _ppo_steps(trainer: PpoTrainer, run: RunDirectory) -> list[dict[str, float]]:
-    """Take the steps, with a live line each in the terminal and one in `metrics.jsonl`; keep adapters on the way."""
-    metrics: list[dict[str, float]] = []
-    total, kept = run.config.ppo.total_steps, run.config.ppo.snapshots
-    snapshots = {round(total * (i + 1) / (kept + 1)) for i in range(kept)} - {0, total}
-    with (run / "metrics.jsonl").open("w", encoding="utf-8") as file, progress("ppo: steps", total) as report:
-        console.print(step_heading(), soft_wrap=True)
-        while trainer.step_count < total and not trainer.stopped_early:
-            metrics.append(trainer.step())
-            file.write(json.dumps(metrics[-1]) + "\n")
-            file.flush()
-            console.print(step_line(metrics[-1]), soft_wrap=True)
-            report(trainer.step_count)
-            if trainer.step_count in snapshots:
-                trainer.base.save_adapter(POLICY, run / "policy_snapshots" / f"step_{trainer.step_count:06d}")
-    return metrics
-
-
 def merge_stage(session: Session) -> None:
     """Merge the policy adapter into both 16-bit targets, measure the drift of each, and keep the one asked for."""
+    if not session.processes.is_main:
+        return
     config, run = session.config, session.run
     heading("merge", f"Plus in 16 bits, from the {config.merge.target} weights")
     if run.finished("merge"):
@@ -232,6 +241,8 @@ def merge_stage(session: Session) -> None:
 
 def compare_stage(session: Session) -> None:
     """Let base, Instruct and Plus answer held-out prompts, and count."""
+    if not session.processes.is_main:
+        return
     heading("compare", "base, Instruct and Plus on held-out prompts")
     config, run = session.config, session.run
     if not run.finished("compare"):

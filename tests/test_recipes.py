@@ -15,6 +15,7 @@ from recipe_runs import ROOT, TINY, as_process, assert_one_line_of_error
 
 from lora_rlhf.base.loading import resolved_model
 from lora_rlhf.config_file import config_from_file
+from lora_rlhf.run import LOCK
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 STAGES_OF_A_RUN = [path for path in RECIPES if path.name not in ("evaluate.py", "push_to_hub.py")]
@@ -43,7 +44,7 @@ def test_a_run_prints_nothing_but_its_own_text(whole_run: tuple[Path, subprocess
 
 
 def test_a_run_leaves_its_artefacts_and_nothing_else(run_folder: Path) -> None:
-    left = {path.name for path in run_folder.iterdir()}
+    left = {path.name for path in run_folder.iterdir()} - {LOCK}
     documented = {"config.yaml", "summary.json", "metrics.jsonl", "curves.png", "score_scales.json", "samples.json"}
     assert left == documented | {"merged", "policy_snapshots", *ADAPTERS}
     # three steps are too few for the four policies that are kept by default: those of two steps are
@@ -185,7 +186,7 @@ def test_the_merged_model_is_the_base_changed_by_training(run_folder: Path, cach
 
 def test_a_second_run_repeats_no_stage(run_folder: Path, recipe: Callable[..., Any]) -> None:
     def state() -> dict[str, tuple[int, bytes]]:
-        files = [path for path in run_folder.rglob("*") if path.is_file()]
+        files = [path for path in run_folder.rglob("*") if path.is_file() and path.name != LOCK]
         return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
     before = state()

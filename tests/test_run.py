@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +15,7 @@ import yaml
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_command_line, config_from_file, config_to_mapping
 from lora_rlhf.errors import UserError
-from lora_rlhf.run import CONTENTS, STAGES, RunDirectory, write_text
+from lora_rlhf.run import CONTENTS, LOCK, STAGES, RunDirectory, write_text
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def config(tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def files_of(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != LOCK)
 
 
 # Whose it is
@@ -193,12 +193,11 @@ def test_a_stage_that_fails_records_nothing(config: Callable[..., RunConfig], fa
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "summary.json", "old")
 
-    def torn(self: Path, text: str, **_: Any) -> None:
-        with self.open("w") as file:
-            file.write(text[:2])
+    def full(handle: int) -> None:
+        os.ftruncate(handle, 2)
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", torn)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
         write_text(tmp_path / "summary.json", "new")
     assert (tmp_path / "summary.json").read_text() == "old"

@@ -18,7 +18,15 @@ from lora_rlhf.evaluation.answers import GivenAnswers, as_read_by_reward
 from lora_rlhf.evaluation.context import Evaluation
 from lora_rlhf.evaluation.loaded_arms import adapter_folder, digest, folder_fingerprint, model_fingerprint
 from lora_rlhf.evaluation.statistics import wilson_interval
-from lora_rlhf.reward.sources import AdapterReward, Answers, CombinedReward, RewardSource, reward_sources, run_reward
+from lora_rlhf.reward.sources import (
+    AdapterReward,
+    Answers,
+    CombinedReward,
+    RewardSource,
+    reward_sources,
+    run_reward,
+    score_scales,
+)
 from lora_rlhf.reward.training import train_reward_adapter
 from lora_rlhf.terminal import note
 
@@ -55,7 +63,7 @@ def own_reading(evaluation: Evaluation) -> Reading | None:
     run, config = evaluation.run, evaluation.config
     if run is None or not (run / "score_scales.json").is_file():
         return None
-    scales = json.loads((run / "score_scales.json").read_text(encoding="utf-8"))["scales"]
+    scales = {name: asdict(scale) for name, scale in score_scales(run).items()}
     reward: list[CombinedReward] = []
     adapter = run / "reward_adapter"
     content = folder_fingerprint(adapter) if adapter.is_dir() else ""

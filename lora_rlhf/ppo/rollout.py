@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class Rollout:
     sampled_logprobs: torch.Tensor
     texts: list[str]
 
+    def part(self, rows: slice) -> Rollout:
+        """Return some rows."""
+        return Rollout(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
     @property
     def ids(self) -> torch.Tensor:
         """Prompt and sampled tokens [batch, Q + R]."""
@@ -68,16 +72,18 @@ def sampled_answers(
     sampling: Sampling,
     tokenizer: Any,
     generator: torch.Generator,
+    rows: slice = slice(None),
 ) -> Rollout:
-    """Return one answer of `role` to each prompt (token ids that end where the answer begins).
+    """Return one answer of `role` to each prompt (token ids that end where the answer begins), or to some `rows`.
 
-    Each prompt draws its own random numbers up front, so that its answer does not depend on when others end.
+    Each prompt draws its own random numbers up front, so that its answer does not depend on when others end, nor on
+    which rows are answered here.
     """
     decoder = decoder_of(base.causal_lm)
     expand = decoder.reads_working_copy and base.layers.expands(sampling.expand_weights)
     with base.expanded(role) if expand else base.role(role):
         autocast = None if expand else base.autocast()
-        return model_answers(decoder, prompts, sampling, tokenizer, generator, autocast)
+        return model_answers(decoder, prompts, sampling, tokenizer, generator, autocast, rows)
 
 
 @torch.no_grad()
@@ -88,17 +94,20 @@ def model_answers(
     tokenizer: Any,
     generator: torch.Generator,
     autocast: torch.autocast | None = None,
+    rows: slice = slice(None),
 ) -> Rollout:
-    """Return one answer to each prompt from any causal language model, given as its decoder."""
+    """Return one answer to each prompt, or to some `rows`, from any causal language model, given as its decoder."""
+    length = sampling.response_length
+    uniform = torch.rand((length, len(prompts)), generator=generator, device=generator.device)[:, rows]
+    uniform, prompts = uniform.to(decoder.device), prompts[rows]
     query_ids, query_mask = left_padded(prompts, tokenizer.pad_token_id, decoder.device)
-    rows, length = len(prompts), sampling.response_length
-    uniform = torch.rand((length, rows), generator=generator, device=generator.device).to(decoder.device)
-    response = torch.full((rows, length), tokenizer.pad_token_id, dtype=torch.long, device=decoder.device)
-    logprobs = torch.zeros((rows, length), dtype=torch.float32, device=decoder.device)
-    everyone = torch.arange(rows, device=decoder.device)
+    count = len(prompts)
+    response = torch.full((count, length), tokenizer.pad_token_id, dtype=torch.long, device=decoder.device)
+    logprobs = torch.zeros((count, length), dtype=torch.float32, device=decoder.device)
+    everyone = torch.arange(count, device=decoder.device)
     with autocast or contextlib.nullcontext():
-        batch = sampling.batch_size or rows
-        for part in [everyone] if batch >= rows else batches_by_length(query_mask, everyone, batch):
+        batch = sampling.batch_size or count
+        for part in [everyone] if batch >= count else batches_by_length(query_mask, everyone, batch):
             width = int(query_mask[part].sum(1).max())  # no more padding than these rows need
             ids, mask = query_ids[part, -width:], query_mask[part, -width:]
             response[part], logprobs[part] = decoder(ids, mask, uniform[:, part], sampling, tokenizer)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import isfinite
 from statistics import fmean
 from typing import Any
 
@@ -18,17 +17,41 @@ from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import NotFinite
 from lora_rlhf.memory_peak import peak_memory_gib, trim_heap
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
 from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.guards import Guards, check_finite, repetition
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
+from lora_rlhf.ppo.optimization import adam, learning_rate_share
+from lora_rlhf.ppo.processes import Processes
 from lora_rlhf.ppo.rollout import Rollout, sampled_answers
 from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, state_values, with_rewards
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward
 
 Metrics = dict[str, float]
+LEARNED = ("policy_loss", "clip_fraction", "ratio", "update_kl", "ratio_deviation", "value_loss", "value_clip_fraction")
+"""What a minibatch's update is measured by."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The last step's prompts (as numbers of the training pairs), answers and scores; none of them where it failed.
+
+    Attributes:
+        chosen: which pairs.
+        texts: the answers.
+        scores: normalised; empty where there are none.
+        random_state: of the sampling generator, uint8, before the step drew from it.
+        order: of the prompts to come, before the step took its own.
+    """
+
+    chosen: list[int]
+    texts: list[str]
+    scores: list[float]
+    random_state: torch.Tensor
+    order: list[int]
 
 
 class PpoTrainer:
@@ -44,6 +67,7 @@ class PpoTrainer:
         reward: the sources of reward; their scales are fitted here (point 14).
         settings: hyper-parameters.
         seed: of prompt order and sampling.
+        processes: that share the work; none: those that were launched.
     """
 
     def __init__(
@@ -54,8 +78,10 @@ class PpoTrainer:
         reward: CombinedReward,
         settings: PpoSettings,
         seed: int,
+        processes: Processes | None = None,
     ) -> None:
         self.base, self.tokenizer, self.pairs, self.reward, self.settings = base, tokenizer, pairs, reward, settings
+        self.processes = processes or Processes()
         self.prompt_ids = [prompt_ids(tokenizer, pair.messages) for pair in pairs]
         self.generator = torch.Generator().manual_seed(seed)
         self.batches = BatchSizes(settings, self._give_up_copy)
@@ -66,6 +92,9 @@ class PpoTrainer:
         self.step_count, self.episodes = 0, 0
         self.stopped_early: str | None = None
         self.value_offset = 0.0
+        self.guards = Guards()
+        self.answered: Answered | None = None
+        self.skip_reason = ""
         self.kl = FixedKl(settings.kl_coef)
         if settings.adaptive_kl:
             self.kl = AdaptiveKl(settings.kl_coef, settings.kl_target, settings.kl_horizon)
@@ -80,7 +109,7 @@ class PpoTrainer:
             {"params": self.parameters[POLICY], "lr": settings.learning_rate},
             {"params": self.parameters[VALUE], "lr": settings.value_learning_rate or settings.learning_rate},
         ]
-        self.optimizer = _adam(groups, settings.optim)
+        self.optimizer = adam(groups, settings.optim)
         # 16. the learning rate is annealed to 0
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_share(step, settings.total_steps, settings.warmup_ratio)
@@ -128,19 +157,29 @@ class PpoTrainer:
         def sampled(size: int) -> Rollout:
             self.generator.set_state(before)  # the same random numbers, should this be the second try
             sampling = replace(self.sampling, batch_size=size)
-            return sampled_answers(self.base, role, prompts, sampling, self.tokenizer, self.generator)
+            rows = self.processes.rows(len(prompts))
+            return sampled_answers(self.base, role, prompts, sampling, self.tokenizer, self.generator, rows)
 
-        return self.batches.within_memory("rollout_batch_size", sampled)
+        part = self.batches.within_memory("rollout_batch_size", sampled)
+        return self.processes.whole_rollout(part, prompts, self.tokenizer.pad_token_id)
 
     def _scored(self, rollout: Rollout, chosen: list[int]) -> Scored:
-        answers = answers_of(rollout, *self._prompts_and_columns(chosen))
+        rows = self.processes.rows(len(chosen))
+        part = rollout.part(rows)
+        answers = answers_of(part, *self._prompts_and_columns(chosen[rows]))
 
         def scored(size: int) -> Scored:
             settings = replace(self.settings, scoring_batch_size=size)
-            return scored_by_roles(self.base, rollout, self.reward, settings, self.value_offset)
+            return scored_by_roles(self.base, part, self.reward, settings, self.value_offset)
 
-        # a reward function is called once, whatever memory does
-        return with_rewards(self.batches.within_memory("scoring_batch_size", scored), self.reward, answers)
+        own, problem = self.batches.within_memory("scoring_batch_size", scored), None
+        try:
+            own = with_rewards(own, self.reward, answers)  # a reward function is called once, whatever memory does
+        except NotFinite as error:
+            problem = str(error)
+        if problem := self.processes.first(problem):  # all processes skip the step, or none
+            raise NotFinite(problem)
+        return self.processes.whole_scores(own, len(chosen))
 
     @contextlib.contextmanager
     def _weights_for_gradients(self) -> Iterator[None]:
@@ -164,15 +203,43 @@ class PpoTrainer:
         return had
 
     def step(self) -> Metrics:
-        """Sample one batch of answers, learn from it, and return the metrics of the step."""
+        """Sample one batch of answers, learn from it, and return the metrics of the step.
+
+        A step with NaN or infinity is skipped: what is left of its updates is not taken, and its metrics are few.
+
+        Raises:
+            UserError: too many steps in a row were skipped.
+        """
+        before = (self.generator.get_state(), self._order.copy())
+        chosen = self._next_prompts(self.settings.batch_size)
+        self.answered = Answered(chosen, [], [], *before)
+        try:
+            metrics = self._taken(chosen)
+        except NotFinite as error:
+            metrics = self._skipped(str(error))
+        self.scheduler.step()
+        return metrics
+
+    def _skipped(self, reason: str) -> Metrics:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_count += 1
+        self.episodes += self.settings.batch_size
+        self.skip_reason = reason
+        self.guards.note_skipped(self.settings, self.step_count, reason)
+        return {"step": self.step_count, "episodes": self.episodes, "skipped": 1.0, "kl_coef": self.kl.coef}
+
+    def _taken(self, chosen: list[int]) -> Metrics:
         s = self.settings
         started = time.perf_counter()
-        chosen = self._next_prompts(s.batch_size)
         rollout = self._rollout(POLICY, chosen)
+        assert self.answered is not None
+        self.answered = replace(self.answered, texts=rollout.texts)
         sampled = time.perf_counter()
         trim_heap()
         with self._weights_for_gradients():
             scored = self._scored(rollout, chosen)
+            check_finite(score=scored.score, log_probability=scored.logprobs, value=scored.values)
+            self.answered = replace(self.answered, scores=scored.score.tolist())
             kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
             advantages, returns = self.targets(rollout, scored, kl)
             scored_at = time.perf_counter()
@@ -196,6 +263,7 @@ class PpoTrainer:
             **learning,
             "response_length": mask.sum(1).float().mean().item(),
             "ended_rate": rollout.ended.float().mean().item(),
+            "repetition": repetition(rollout.response_ids, mask),
             "sampler_kl": masked_mean(rollout.sampled_logprobs - scored.logprobs, mask).item(),
             "sampler_max_difference": (rollout.sampled_logprobs - scored.logprobs).abs().max().item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -207,11 +275,11 @@ class PpoTrainer:
         }
         metrics |= {f"score/{name}": raw.mean().item() for name, raw in scored.raw_scores.items()}
         self.kl.update(answer_kl, s.batch_size)  # 17.
-        self.scheduler.step()
+        self.stopped_early = self.guards.note_taken(s, bool(learning["update_stopped"]))
         if s.max_kl is not None and answer_kl > s.max_kl:
-            self.stopped_early = (
-                f"KL per answer {answer_kl:.1f} passed ppo.max_kl {s.max_kl:g} at step {self.step_count}"
-            )
+            self.stopped_early = f"KL per answer {answer_kl:.1f} passed ppo.max_kl {s.max_kl:g}"
+        if self.stopped_early:
+            self.stopped_early += f" at step {self.step_count}"
         return metrics
 
     def penalised(self, score: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
@@ -246,20 +314,17 @@ class PpoTrainer:
                         "micro_batch_size",
                         partial(self._accumulate, rollout, scored, advantages, returns, part, warming),
                     )
+                    everything = [p for own in self.parameters.values() for p in own]
+                    self.processes.sum_gradients(everything)
+                    now = self.processes.sum_numbers(now, largest=("ratio_deviation",))
                     if not history:
                         first_ratio = now["ratio_deviation"]  # 19.
                     history.append(now)
                     if s.update_kl_limit is not None and now["update_kl"] > s.update_kl_limit:
                         return self._summary(history, first_ratio, stopped=1.0)
-                    norm = torch.nn.utils.clip_grad_norm_(
-                        [p for own in self.parameters.values() for p in own], s.max_grad_norm
-                    )
+                    norm = torch.nn.utils.clip_grad_norm_(everything, s.max_grad_norm)
                     now["grad_norm"] = norm.item()
-                    if not isfinite(now["grad_norm"]):
-                        raise UserError(
-                            f"PPO step {self.step_count + 1}: the gradient is not finite. A smaller ppo.learning_rate, "
-                            "or dtype: float32, may help; metrics.jsonl shows how it came about"
-                        )
+                    check_finite(gradient=norm)
                     self.optimizer.step()
         return self._summary(history, first_ratio, stopped=0.0)
 
@@ -273,17 +338,19 @@ class PpoTrainer:
         warming: bool,
         micro_batch_size: int,
     ) -> Metrics:
-        """Add up the gradients of one minibatch over micro-batches; equal to one pass over all of it."""
+        """Add up the gradients of this process's rows of a minibatch; all processes' sum is one pass over all of it."""
         s = self.settings
         self.optimizer.zero_grad(set_to_none=True)
         tokens = rollout.action_mask[rows].sum()
         states = value_mask(rollout.action_mask[rows]).sum()
         own_value = VALUE in self.base.configs  # else its head reads the policy's states
-        sums: Metrics = {}
-        for micro in batches_by_length(rollout.mask, rows, micro_batch_size):
+        sums: Metrics = dict.fromkeys(LEARNED, 0.0)
+        own_rows = self.processes.learned_rows(rows)
+        for micro in batches_by_length(rollout.mask, own_rows, micro_batch_size) if len(own_rows) else ():
             ids, mask, action = rollout.ids[micro], rollout.mask[micro], rollout.action_mask[micro]
             state_mask, old = value_mask(action), scored.logprobs[micro]
-            common = None if scored.common is None else scored.common[micro]
+            at = self.processes.own_number(micro, len(rollout.texts))
+            common = None if scored.common is None else scored.common[at]
             share, state_share = (action.sum() / tokens).item(), (state_mask.sum() / states).item()
 
             # Backward ends before another role is played; see SharedBase on checkpointing.
@@ -315,8 +382,8 @@ class PpoTrainer:
             )  # 13.
             (learned + s.vf_coef * loss * state_share).backward()
             now |= {"value_loss": loss.item() * state_share, "value_clip_fraction": clipped.item() * state_share}
-            sums = {name: sums.get(name, 0.0) + value for name, value in now.items()} | {
-                "ratio_deviation": max(sums.get("ratio_deviation", 0.0), deviation)
+            sums = {name: sums[name] + value for name, value in now.items()} | {
+                "ratio_deviation": max(sums["ratio_deviation"], deviation)
             }
         return sums
 
@@ -329,20 +396,3 @@ class PpoTrainer:
     def normalization(self) -> dict[str, Any]:
         """Return what normalises scores and values, to be kept beside the adapters."""
         return {"scales": {n: asdict(s) for n, s in self.reward.scales.items()}, "value_offset": self.value_offset}
-
-
-def _adam(groups: list[dict[str, Any]], optim: str) -> torch.optim.Optimizer:
-    """16. Return Adam with ε 1e-5, its moments in float32 or, paged, in 8 bits."""
-    if optim == "adam":
-        return torch.optim.Adam(groups, eps=1e-5, fused=True)
-    if not torch.cuda.is_available():
-        raise UserError("ppo.optim: paged_adam_8bit needs CUDA; set ppo.optim: adam")
-    import bitsandbytes
-
-    return bitsandbytes.optim.PagedAdam8bit(groups, eps=1e-5)
-
-
-def learning_rate_share(step: int, total: int, warmup_ratio: float) -> float:
-    """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, then down to 0 at `total`."""
-    warmup = round(warmup_ratio * total)
-    return (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))

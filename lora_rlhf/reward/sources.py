@@ -16,7 +16,7 @@ from lora_rlhf.base.loading import explained, quantized_arguments, quiet_transfo
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import Message
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import NotFinite, UserError
 
 OWN_ADAPTER = "reward_adapter"
 """Folder of the run's own reward adapter, and the name of that source."""
@@ -155,7 +155,7 @@ class CombinedReward:
         raw = {s.name: known[s.name] if s.name in known else s.scores(answers) for s in self.sources}
         for name, scores in raw.items():
             if not torch.isfinite(scores).all():
-                raise UserError(f"reward source {name} gave NaN or infinity for an answer")
+                raise NotFinite(f"reward source {name} gave NaN or infinity for an answer")
         total = torch.zeros(len(answers.completions), device=answers.ids.device)
         for source in self.sources:
             scale = self.scales.get(source.name, ScoreScale())
@@ -233,14 +233,26 @@ def run_reward(config: RunConfig, base: SharedBase, run: Path) -> CombinedReward
     """Return the reward of the run in `run`, in standard deviations of the reference's own answers.
 
     Raises:
-        UserError: what `reward_sources` raises, or the run's scales cannot be read.
+        UserError: what `reward_sources` raises, or the run's scales cannot be read or lack a source.
     """
+    scales, sources = score_scales(run), reward_sources(config, base, run / OWN_ADAPTER)
+    if missing := [source.name for source in sources if source.name not in scales]:
+        raise UserError(f"{run / 'score_scales.json'} has no scale of {', '.join(missing)}: run the PPO stage again")
+    return CombinedReward(sources, scales)
+
+
+def score_scales(run: Path) -> dict[str, ScoreScale]:
+    """Return the scale of each source that the run in `run` measured. Raises `UserError` where they cannot be read."""
+    file = run / "score_scales.json"
     try:
-        held = json.loads((run / "score_scales.json").read_text(encoding="utf-8"))["scales"]
+        held = json.loads(file.read_text(encoding="utf-8"))["scales"]
         scales = {name: ScoreScale(**scale) for name, scale in held.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{run / 'score_scales.json'} is no file of score scales: {error}") from None
-    return CombinedReward(reward_sources(config, base, run / OWN_ADAPTER), scales)
+        sound = all(abs(scale.mean) < float("inf") and 0 < scale.std < float("inf") for scale in scales.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is no file of score scales: {' '.join(str(error).split())[:300]}") from None
+    if not sound:
+        raise UserError(f"{file} is no file of score scales: a mean is not finite, or a std not above 0")
+    return scales
 
 
 def _classifier(config: RunConfig, path: str, name: str, weight: float, where: str) -> ClassifierReward:

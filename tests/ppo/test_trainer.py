@@ -16,8 +16,9 @@ from lora_rlhf.config import PpoSettings
 from lora_rlhf.errors import UserError
 from lora_rlhf.ppo import trainer as trainer_module
 from lora_rlhf.ppo.losses import AdaptiveKl
+from lora_rlhf.ppo.optimization import learning_rate_share
 from lora_rlhf.ppo.rollout import Rollout
-from lora_rlhf.ppo.trainer import PpoTrainer, learning_rate_share
+from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.reward.sources import ScoreScale
 
 
@@ -245,21 +246,6 @@ def test_gradients_take_no_memory_between_the_updates(make_trainer: MakeTrainer)
     trainer = make_trainer()
     trainer.step()
     assert all(p.grad is None for role in (POLICY, VALUE) for p in trainer.base.parameters(role))
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_learned_from(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(text_length)
-    before = weights(trainer)
-    plain = trainer.targets
-
-    def broken(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        advantages, returns = plain(*args)
-        return advantages * float("nan"), returns
-
-    trainer.targets = broken  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="step 1: the gradient is not finite"):
-        trainer.step()
-    assert same(before, weights(trainer))
 
 
 def test_the_sampler_decides_once_whether_to_expand(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

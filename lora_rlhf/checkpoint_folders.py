@@ -1,0 +1,119 @@
+"""Folders that are there whole or not at all: written beside, synced, renamed, and read back before an older one goes.
+
+A checkpoint is `step_000012/`; its `manifest.json` holds the size and the SHA-256 of every other file in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lora_rlhf.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Write the checkpoint of `step` and delete those before the newest `keep`.
+
+    Args:
+        parent: folder of the checkpoints.
+        step: its number.
+        write: fills the folder it is given.
+        keep: how many stay, this one among them; at least 1.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        UserError: it could not be written, or reads back otherwise than it was written; older ones are as they were.
+    """
+    folder = parent / f"step_{step:06d}"
+    half = parent / f".{folder.name}.part"
+    try:
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        write(half)
+        write_manifest(half)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        half.rename(folder)
+        sync(parent)
+    except OSError as error:
+        shutil.rmtree(half, ignore_errors=True)
+        raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
+    if problem := damage(folder):
+        raise UserError(f"{folder} reads back otherwise than it was written ({problem}); is the disk failing?")
+    for old, path in sorted(checkpoints(parent))[: -max(keep, 1)]:
+        if old < step:
+            shutil.rmtree(path, ignore_errors=True)
+    return folder
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the manifest of what `folder` holds, and have all of it on disk on return."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    held = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    (folder / MANIFEST).write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    for path in (*files, folder / MANIFEST, *{path.parent for path in files}, folder):
+        sync(path)
+
+
+def newest_checkpoint(parent: Path, report: Callable[[str], None]) -> tuple[int, Path] | None:
+    """Return (step, folder) of the newest checkpoint that is whole; the damaged ones after it are named in `report`."""
+    for step, folder in sorted(checkpoints(parent), reverse=True):
+        problem = damage(folder)
+        if problem is None:
+            return step, folder
+        report(f"{folder} is damaged ({problem}); the one before it is used")
+    return None
+
+
+def checkpoints(parent: Path) -> Iterator[tuple[int, Path]]:
+    """Yield (step, folder) of every checkpoint in `parent`, whole or not."""
+    for folder in parent.glob("*") if parent.is_dir() else ():
+        if (match := re.fullmatch(r"(?:step_|checkpoint-)(\d+)", folder.name)) and folder.is_dir():
+            yield int(match[1]), folder
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, as far as its manifest tells; none: nothing."""
+    try:
+        held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        wanted = {str(name): (facts["size"], facts["sha256"]) for name, facts in held.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: it was never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    if not wanted:
+        return f"its {MANIFEST} is empty"
+    for name, (size, digest) in wanted.items():
+        file = folder / name
+        try:
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes of {size}"
+            if sha256(file) != digest:
+                return f"{name} has other content than was written"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk on return."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,153 @@
+"""Everything a PPO run needs to go on as if it had never stopped, in files that hold numbers and nothing that runs."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_rlhf.config import MAY_CHANGE, RunConfig
+from lora_rlhf.config_file import config_to_mapping, differing_fields
+from lora_rlhf.errors import UserError
+from lora_rlhf.ppo.trainer import PpoTrainer
+from lora_rlhf.reward.sources import ScoreScale
+from lora_rlhf.run import package_versions
+
+STATE, PARAMETERS, OPTIMIZER, RANDOM = (
+    "state.json",
+    "parameters.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+)
+METRICS = "metrics.jsonl"
+
+
+def write_trainer(trainer: PpoTrainer, config: RunConfig, metrics_file: Path, folder: Path) -> None:
+    """Write the state of `trainer` after a step into `folder`, with the metrics so far."""
+    parameters = {f"{role}.{i}": p for role, own in trainer.parameters.items() for i, p in enumerate(own)}
+    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / PARAMETERS)
+    tensors, others = _split(trainer.optimizer.state_dict()["state"])
+    save_file(tensors, folder / OPTIMIZER)
+    save_file(_random_tensors(trainer.generator), folder / RANDOM)
+    shutil.copyfile(metrics_file, folder / METRICS)
+    state = {
+        "step": trainer.step_count,
+        "episodes": trainer.episodes,
+        "stopped_early": trainer.stopped_early,
+        "order": trainer._order,
+        "kl_coef": trainer.kl.coef,
+        "scales": {name: asdict(scale) for name, scale in trainer.reward.scales.items()},
+        "value_offset": trainer.value_offset,
+        "expand_weights": trainer.sampling.expand_weights,
+        "batch_sizes": trainer.batches.sizes,
+        "guards": asdict(trainer.guards),
+        "scheduler": trainer.scheduler.state_dict(),
+        "optimizer_groups": _plain_groups(trainer.optimizer),
+        "optimizer_numbers": others,
+        "python_random": random.getstate(),
+        "numpy_random": _numpy_state(),
+        "config": _comparable(config),
+        "versions": package_versions(),
+    }
+    (folder / STATE).write_text(json.dumps(state, default=_no_json) + "\n", encoding="utf-8")
+
+
+def read_state(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Return the numbers of a checkpoint.
+
+    Raises:
+        UserError: it is of another config; the fields that differ are named.
+    """
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if fields := differing_fields(state["config"], _comparable(config)):
+        raise UserError(
+            f"{folder} is of a run with another config: {', '.join(fields[:5])} differ. Delete the checkpoint to begin "
+            "the stage anew, or go on with the config it was made with"
+        )
+    return state
+
+
+def scales_of(state: Mapping[str, Any]) -> dict[str, ScoreScale]:
+    """Return the score scales of a checkpoint: a trainer that has them does not measure them again."""
+    return {name: ScoreScale(**scale) for name, scale in state["scales"].items()}
+
+
+def restore_trainer(trainer: PpoTrainer, state: Mapping[str, Any], folder: Path) -> None:
+    """Bring a trainer, newly made from the same config and with the scales of `state`, to where the checkpoint was."""
+    held = load_file(folder / PARAMETERS)
+    with torch.no_grad():
+        for role, own in trainer.parameters.items():
+            for i, parameter in enumerate(own):
+                parameter.copy_(held[f"{role}.{i}"])
+    optimizer = trainer.optimizer.state_dict()
+    optimizer["state"] = _joined(load_file(folder / OPTIMIZER), state["optimizer_numbers"])
+    for group, kept in zip(optimizer["param_groups"], state["optimizer_groups"], strict=True):
+        group |= {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    trainer.optimizer.load_state_dict(optimizer)
+    trainer.scheduler.load_state_dict(dict(state["scheduler"]))
+    trainer.step_count, trainer.episodes = state["step"], state["episodes"]
+    trainer.stopped_early, trainer._order = state["stopped_early"], state["order"]
+    trainer.kl.coef, trainer.value_offset = state["kl_coef"], state["value_offset"]
+    trainer.sampling = replace(trainer.sampling, expand_weights=state["expand_weights"])
+    trainer.batches.sizes |= state["batch_sizes"]
+    trainer.guards = type(trainer.guards)(**state["guards"])
+    random_tensors = load_file(folder / RANDOM)
+    trainer.generator.set_state(random_tensors["sampling"])
+    torch.set_rng_state(random_tensors["torch"])
+    cuda_states = [random_tensors[name] for name in sorted(random_tensors) if name.startswith("cuda.")]
+    if torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda_states)
+    version, numbers, gauss = state["python_random"]
+    random.setstate((version, tuple(numbers), gauss))
+    kept = state["numpy_random"]
+    numpy.random.set_state(("MT19937", numpy.array(kept["keys"], numpy.uint32), *kept["rest"]))
+
+
+def _random_tensors(sampling: torch.Generator) -> dict[str, torch.Tensor]:
+    found = {"sampling": sampling.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return found
+
+
+def _numpy_state() -> dict[str, Any]:
+    _, keys, *rest = numpy.random.get_state(legacy=True)
+    return {"keys": [int(key) for key in keys], "rest": rest}
+
+
+def _plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of the optimizer's groups, which the schedule changes, without the parameters."""
+    groups = optimizer.state_dict()["param_groups"]
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
+def _split(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return (tensors, everything else) of an optimizer's state, by `NUMBER.NAME`."""
+    flat = {f"{number}.{name}": value for number, own in state.items() for name, value in own.items()}
+    tensors = {n: v.detach().cpu().contiguous().clone() for n, v in flat.items() if isinstance(v, torch.Tensor)}
+    return tensors, {name: value for name, value in flat.items() if name not in tensors}
+
+
+def _joined(tensors: Mapping[str, torch.Tensor], others: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **others}.items():
+        number, _, field = name.partition(".")
+        state.setdefault(int(number), {})[field] = value
+    return state
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """Return the config without what may change between two starts of one run."""
+    return {k: v for k, v in config_to_mapping(config).items() if k not in MAY_CHANGE}
+
+
+def _no_json(value: Any) -> Any:
+    raise TypeError(f"a checkpoint holds plain numbers and texts, not {type(value).__name__}")

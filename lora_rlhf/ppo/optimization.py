@@ -1,0 +1,26 @@
+"""PPO's optimizer and its learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_rlhf.errors import UserError
+
+
+def adam(groups: list[dict[str, Any]], optim: str) -> torch.optim.Optimizer:
+    """16. Return Adam with ε 1e-5, its moments in float32 or, paged, in 8 bits."""
+    if optim == "adam":
+        return torch.optim.Adam(groups, eps=1e-5, fused=True)
+    if not torch.cuda.is_available():
+        raise UserError("ppo.optim: paged_adam_8bit needs CUDA; set ppo.optim: adam")
+    import bitsandbytes
+
+    return bitsandbytes.optim.PagedAdam8bit(groups, eps=1e-5)
+
+
+def learning_rate_share(step: int, total: int, warmup_ratio: float) -> float:
+    """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, then down to 0 at `total`."""
+    warmup = round(warmup_ratio * total)
+    return (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))

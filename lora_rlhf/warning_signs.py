@@ -1,0 +1,47 @@
+"""Signs in a run's metrics that the policy games its reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+SIGNALS = ("score", "response_length", "repetition", "ended_rate")
+"""Metrics that are looked at."""
+WINDOW = 5
+"""Steps whose mean is compared with that of the first ones."""
+
+
+def hacking_signs(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Return signs, in words by kind, that the policy games its reward: score up, and something else runs away.
+
+    Args:
+        history: metrics of the steps that were taken, oldest first.
+    """
+    if len(history) < 2 * WINDOW:
+        return {}
+    first, last = ({n: fmean(m[n] for m in part) for n in SIGNALS} for part in (history[:WINDOW], history[-WINDOW:]))
+    if last["score"] - first["score"] < 0.5:
+        return {}
+    risen = f"the score rose from {first['score']:+.2f} to {last['score']:+.2f} while"
+    found = {}
+    if last["response_length"] > 2 * first["response_length"]:
+        found["length"] = (
+            f"{risen} answers grew from {first['response_length']:.0f} to {last['response_length']:.0f} tokens: "
+            "the reward may like length for itself"
+        )
+    if last["response_length"] < first["response_length"] / 3:
+        found["shortness"] = (
+            f"{risen} answers shrank from {first['response_length']:.0f} to {last['response_length']:.0f} tokens: "
+            "the reward may like stubs"
+        )
+    if last["repetition"] > first["repetition"] + 0.2:
+        found["repetition"] = (
+            f"{risen} the share of repeated phrases rose from {first['repetition']:.0%} to {last['repetition']:.0%}: "
+            "the reward may not mind repetition"
+        )
+    if last["ended_rate"] < first["ended_rate"] - 0.2:
+        found["ended"] = (
+            f"{risen} the share of answers that end fell from {first['ended_rate']:.0%} to {last['ended_rate']:.0%}: "
+            "raise ppo.missing_eos_penalty"
+        )
+    return found

@@ -1,0 +1,99 @@
+"""The first Ctrl-C saves, the second leaves; the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from recipe_runs import ROOT, TINY
+
+from lora_rlhf.errors import UserError
+from lora_rlhf.interruption import interruption
+from lora_rlhf.run import LOCK, lock
+
+PPO = ["--ppo.total_steps", "400", "--save_steps", "0", "--save_minutes", "0"]
+
+
+def test_the_first_signal_asks_and_the_second_ends() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(KeyboardInterrupt), interruption() as asked:
+            assert asked.asked is None
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            assert asked.asked == signal.Signals(number).name
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+class Run:
+    """The pipeline as a process, and what it has printed."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.log = folder.parent / "log"
+        command = [sys.executable, "recipes/direct_rlhf_lora.py", *TINY, *PPO, "--output_dir", str(folder), *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def waits_for(self, text: str, times: int = 1) -> None:
+        end = time.monotonic() + 120
+        while self.printed.count(text) < times:
+            assert time.monotonic() < end and self.process.poll() is None, self.printed
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_run_saves_its_step_leaves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    run = Run(folder)
+    run.waits_for("clip")  # the heading above the steps
+    time.sleep(1)
+    run.process.send_signal(number)
+    assert run.process.wait(timeout=60) == 130
+    assert f"{number.name}: this step is finished and saved first" in run.printed
+    assert "stopped after PPO step" in run.printed and "The same command goes on from there" in run.printed
+    assert "Traceback" not in run.printed
+    (checkpoint,) = (folder / "checkpoints" / "ppo").iterdir()
+    again = Run(folder)
+    again.waits_for(f"going on after step {int(checkpoint.name[5:])}, from {checkpoint}")
+    for _ in range(2):
+        again.process.send_signal(signal.SIGINT)
+    assert again.process.wait(timeout=60) in (130, -signal.SIGINT)  # the second may come when all is done
+    assert "Traceback" not in again.printed
+
+
+@pytest.mark.slow
+def test_a_stage_without_checkpoints_ends_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", "--reward.max_steps", "5000")
+    run.waits_for("a LoRA reward adapter")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(timeout=60) == 130
+    assert "stopped. The same command goes on" in run.printed and "Traceback" not in run.printed
+
+
+def test_two_runs_in_one_directory(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = Run(folder)
+    run.waits_for("NF4")
+    second = subprocess.run(
+        [sys.executable, "recipes/direct_rlhf_lora.py", *TINY, *PPO, "--output_dir", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert second.returncode == 2
+    assert f"another run (process {run.process.pid}) is at work in {folder}" in second.stdout.replace("\n", " ")
+    with pytest.raises(UserError, match="another run"):
+        lock(folder / LOCK)
+    run.process.kill()
+    run.process.wait()
+    lock(folder / LOCK)  # a killed run holds nothing
