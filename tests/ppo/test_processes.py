@@ -1,0 +1,137 @@
+"""Two processes come to what one comes to, end together, and leave a checkpoint that any number goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_runs import ROOT, TINY
+from safetensors.torch import load_file
+
+from lora_rlhf.ppo.processes import Processes
+
+ADAPTERS = ("reward_adapter", "instruct_adapter", "policy_adapter", "value_adapter")
+PPO = [
+    "--ppo.batch_size",
+    "6",
+    "--ppo.micro_batch_size",
+    "2",
+    "--ppo.learning_rate",
+    "3e-4",
+]  # minibatches of 3 answers
+
+
+def started(folder: Path, processes: int, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "recipes/direct_rlhf_lora.py", *TINY, *PPO, "--output_dir", str(folder), *options]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command[1:1] = launcher
+    log = (folder.parent / f"{folder.name}.log").open("ab")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def log_of(folder: Path) -> str:
+    return (folder.parent / f"{folder.name}.log").read_text(encoding="utf-8")
+
+
+def adapters(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name in ADAPTERS
+        for key, tensor in load_file(folder / name / "adapter_model.safetensors").items()
+    }
+
+
+def steps_of(folder: Path) -> list[int]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    assert started(folder, 1, "--ppo.total_steps", "5").wait(timeout=300) == 0, log_of(folder)
+    return folder
+
+
+def assert_equal_to(one: Path, other: Path) -> None:
+    expected, found = adapters(one), adapters(other)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
+    assert any(tensor.abs().max() > 0.1 for name, tensor in expected.items() if name.startswith("policy"))
+    assert steps_of(other) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_adapters_of_one(one: Path, tmp_path: Path) -> None:
+    assert started(tmp_path / "run", 2, "--ppo.total_steps", "5").wait(timeout=300) == 0, log_of(tmp_path / "run")
+    assert_equal_to(one, tmp_path / "run")
+    assert log_of(tmp_path / "run").count("everything is in") == 1  # one of them writes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(one: Path, tmp_path: Path, first: int, then: int) -> None:
+    folder = tmp_path / "run"
+    run = started(folder, first, "--ppo.total_steps", "5")
+    end = time.monotonic() + 200
+    while not list((folder / "checkpoints" / "ppo").glob("step_*")) and time.monotonic() < end:
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert started(folder, then, "--ppo.total_steps", "5").wait(timeout=300) == 0, log_of(folder)
+    assert_equal_to(one, folder)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_takes_the_others_along_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = started(folder, 2, "--ppo.total_steps", "400")
+    end = time.monotonic() + 200
+    while not list((folder / "checkpoints" / "ppo").glob("step_*")) and time.monotonic() < end:
+        time.sleep(0.05)
+    listing = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(run.pid)], capture_output=True, text=True, check=True
+    )
+    workers = [int(line.split()[0]) for line in listing.stdout.splitlines() if "direct_rlhf_lora" in line]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    assert run.wait(timeout=60) != 0
+    assert re.search("another process of this run has ended or hangs|Signal 9|SIGKILL|exitcode", log_of(folder))
+    again = started(folder, 1, "--ppo.total_steps", "400")
+    while not re.search(r"going on after step [1-9]", log_of(folder)):
+        assert again.poll() is None and time.monotonic() < end, log_of(folder)
+        time.sleep(0.05)
+    os.killpg(again.pid, signal.SIGKILL)
+    again.wait()
+
+
+def test_rows_are_split_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count in (1, 2, 3, 5):
+        parts = []
+        for rank in range(count):
+            monkeypatch.setenv("WORLD_SIZE", str(count))
+            monkeypatch.setenv("RANK", str(rank))
+            parts.append(Processes())
+        for total in (1, 2, 3, 7, 12):
+            sampled = [row for p in parts for row in range(total)[p.rows(total)]]
+            copies = 1 if total >= count else count  # too few to split: everyone samples all
+            assert sorted(sampled) == sorted([*range(total)] * copies)
+            batch = torch.randperm(total)
+            learned = torch.cat([p.learned_rows(batch) for p in parts])
+            assert sorted(learned.tolist()) == list(range(total))
+            for p in parts:
+                own = list(range(total)[p.rows(total)])
+                mine = p.learned_rows(torch.arange(total))
+                assert [own[i] for i in p.own_number(mine, total).tolist()] == mine.tolist()
