@@ -55,6 +55,16 @@ def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None], kee
     return folder
 
 
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise `UserError` where fewer than `needed` bytes are free on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {folder} has {free / 2**20:,.0f} MiB free, and {what} needs about {needed / 2**20:,.0f}: "
+            "make room, and the same command goes on"
+        )
+
+
 def write_manifest(folder: Path) -> None:
     """Write the manifest of what `folder` holds, and have all of it on disk on return."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)

@@ -6,15 +6,15 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import reprlib
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.errors import UserError
+from lora_rlhf.plain_yaml import BadYaml, plain_yaml
 
 
 def config_from_mapping(values: dict[str, Any], where: str) -> RunConfig:
@@ -28,7 +28,7 @@ def config_from_mapping(values: dict[str, Any], where: str) -> RunConfig:
 
 def config_from_file(path: str | Path) -> RunConfig:
     """Return the config in a YAML file. Raises `UserError` where it is missing, malformed or has bad fields."""
-    return config_from_mapping(_read_yaml(Path(path)), str(path))
+    return config_from_mapping(_read_yaml(Path(path)), _one_line(str(path)))
 
 
 def config_from_command_line(
@@ -70,7 +70,7 @@ def config_from_command_line(
         if word.startswith("--"):
             names = [dotted for dotted, *_ in _leaves(RunConfig, "")]
             raise UserError(
-                f"unknown option {word.split('=')[0]}{_suggestion(word.split('=')[0][2:], names)}; see --help"
+                f"unknown option {_named(word.split('=')[0])}{_suggestion(word.split('=')[0][2:], names)}; see --help"
             )
     if unknown:
         raise UserError(f"unexpected word on the command line: {unknown[0]!r}; options are written --field value")
@@ -82,7 +82,7 @@ def config_from_command_line(
     for dotted, _, annotation, _ in _leaves(RunConfig, ""):
         if given[dotted] is not None:
             _put(values, dotted, _coerced(_parsed(given[dotted], annotation, dotted), annotation, f"--{dotted}"))
-    return config_from_mapping(values, given["config"] or "command line")
+    return config_from_mapping(values, _one_line(given["config"] or "command line"))
 
 
 def config_to_mapping(config: RunConfig) -> dict[str, Any]:
@@ -120,11 +120,11 @@ def _build(kind: type, values: dict[str, Any], where: str, prefix: str) -> Any:
     built = {}
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"{where}: unknown field {prefix}{key}{_suggestion(str(key), list(hints))}")
+            raise UserError(f"{where}: unknown field {prefix}{_named(key)}{_suggestion(str(key), list(hints))}")
         annotation = hints[key]
         if dataclasses.is_dataclass(annotation):
             if not isinstance(value, dict):
-                raise UserError(f"{where}: {prefix}{key} is a section of fields, not {value!r}")
+                raise UserError(f"{where}: {prefix}{key} is a section of fields, not {_brief(value)}")
             built[key] = _build(annotation, value, where, f"{prefix}{key}.")  # type: ignore[arg-type]
         else:
             built[key] = _coerced(value, annotation, f"{where}: {prefix}{key}")
@@ -144,7 +144,7 @@ def _coerced(value: Any, annotation: Any, where: str) -> Any:
         if value in options:
             return value
         raise UserError(
-            f"{where} is one of {', '.join(map(str, options))}, not {value!r}{_suggestion(str(value), options)}"
+            f"{where} is one of {', '.join(map(str, options))}, not {_brief(value)}{_suggestion(str(value), options)}"
         )
     if origin is list:
         items = value if isinstance(value, list) else [value]
@@ -152,7 +152,7 @@ def _coerced(value: Any, annotation: Any, where: str) -> Any:
     if origin is dict:
         if isinstance(value, dict):
             return value
-        raise UserError(f"{where} is a mapping such as {{kind: adapter, path: FOLDER}}, not {value!r}")
+        raise UserError(f"{where} is a mapping such as {{kind: adapter, path: FOLDER}}, not {_brief(value)}")
     if annotation is bool and isinstance(value, bool):
         return value
     if annotation in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -169,7 +169,7 @@ def _coerced(value: Any, annotation: Any, where: str) -> Any:
     if annotation is str and isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     article = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    raise UserError(f"{where} is {article.get(annotation.__name__, annotation.__name__)}, not {value!r}")
+    raise UserError(f"{where} is {article.get(annotation.__name__, annotation.__name__)}, not {_brief(value)}")
 
 
 _AT_LEAST_ONE = (
@@ -246,39 +246,30 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
     return config
 
 
-class BadYaml(Exception):
-    """Text that is no YAML of plain values; what it says is one line."""
-
-
-def plain_yaml(text: str) -> Any:
-    """Return the plain values in a YAML text; no tag can make anything else. Raises `BadYaml`."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-        raise BadYaml(" ".join(str(error).split()) or type(error).__name__) from None
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    shown = _one_line(str(path))
     try:
         values = plain_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UserError(f"--config: no file {path}{_suggestion(str(path), siblings)}") from None
+        raise UserError(f"--config: no file {shown}{_suggestion(str(path), siblings)}") from None
     except OSError as error:
-        raise UserError(f"--config: {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"--config: {shown} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"--config: {path} is not UTF-8 text") from None
+        raise UserError(f"--config: {shown} is not UTF-8 text") from None
+    except ValueError as error:  # a name with a zero byte
+        raise UserError(f"--config: {shown} cannot be read: {error}") from None
     except BadYaml as error:
-        raise UserError(f"--config: {path} is not valid YAML: {error}") from None
+        raise UserError(f"--config: {shown} is not valid YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config: {path} holds {type(values).__name__}, not fields such as `seed: 1`")
+        raise UserError(f"--config: {shown} holds {type(values).__name__}, not fields such as `seed: 1`")
     return values
 
 
@@ -294,7 +285,7 @@ def _parsed(words: Any, annotation: Any, dotted: str) -> Any:
     try:
         value = plain_yaml(words)
     except BadYaml as error:
-        raise UserError(f"--{dotted}: {words!r} cannot be read: {error}") from None
+        raise UserError(f"--{dotted}: {_brief(words)} cannot be read: {error}") from None
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 
@@ -317,7 +308,7 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise UserError(f"{section} is a section of fields, not {inner!r}")
+            raise UserError(f"{section} is a section of fields, not {_brief(inner)}")
         values = inner
     values[name] = value
 
@@ -332,7 +323,25 @@ def _shown(default: Any) -> str:
     )
 
 
+def _brief(value: Any) -> str:
+    """Return a value as it is written in Python, cut where it is long or deep."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxstring, brief.maxother = 3, 80, 80
+    return brief.repr(value)
+
+
+def _named(key: Any) -> str:
+    """Return the name of a field as it stands, or quoted and cut where it would not print as a short word."""
+    return str(key) if str(key).isprintable() and len(str(key)) <= 80 else _brief(key)
+
+
+def _one_line(text: str) -> str:
+    return text if text.isprintable() else ascii(text)
+
+
 def _suggestion(name: str, known: Sequence[Any]) -> str:
+    if len(name) > 80:
+        return ""
     close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
     if not close:  # the right field without its section
         close = [str(k) for k in known if str(k).rpartition(".")[2] == name][:1]

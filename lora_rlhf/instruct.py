@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lora_rlhf.base.loading import device, load_causal_lm
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
-from lora_rlhf.trl_trainer import on_one_device, trainer_arguments, trl_run
+from lora_rlhf.trl_trainer import checkpoints_beside, on_one_device, trainer_arguments, trl_run
 
 
 def train_instruct_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[PreferencePair], folder: Path) -> None:
@@ -31,15 +30,15 @@ def train_instruct_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pr
     torch.manual_seed(config.seed)
     model = load_causal_lm(config)
     identity = base_identity(model)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = _sft_trainer_class()(
-            model=model,
-            args=on_one_device(SFTConfig(**trainer_arguments(config, config.sft, scratch), max_length=None)),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=lora_config(config.lora),
-        )
-        trl_run(trainer, "instruct", config)
+    arguments = trainer_arguments(config, config.sft, checkpoints_beside(folder))
+    trainer = _sft_trainer_class()(
+        model=model,
+        args=on_one_device(SFTConfig(**arguments, max_length=None)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora_config(config.lora),
+    )
+    trl_run(trainer, "instruct", config)
     state = get_peft_model_state_dict(trainer.model)
     write_adapter(folder, trainer.model.peft_config["default"], state, None, identity)
 

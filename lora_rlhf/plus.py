@@ -96,7 +96,7 @@ def _with_base(config: RunConfig, folder: Path, base: str | None) -> RunConfig:
         name, revision = held.get("base_model_name_or_path"), held.get("revision")
         if (folder / BASE).is_file():
             name = _mapping(folder / BASE).get("name")
-    if not name:
+    if not name or not isinstance(name, str):
         raise UserError(f"{folder / CONFIG} does not name the base model; give it: load_plus(..., base=NAME)")
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise UserError(
@@ -108,7 +108,7 @@ def _with_base(config: RunConfig, folder: Path, base: str | None) -> RunConfig:
 def _mapping(file: Path) -> dict[str, Any]:
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         held = None
     if not isinstance(held, dict):
         raise UserError(f"{file} is damaged: it holds no JSON mapping")

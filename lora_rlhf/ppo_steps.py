@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.base.shared import POLICY
-from lora_rlhf.checkpoint_folders import newest_checkpoint, write_checkpoint
+from lora_rlhf.checkpoint_folders import check_space, newest_checkpoint, write_checkpoint
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.interruption import StoppedAfterSaving, interruption
-from lora_rlhf.ppo.checkpoint import METRICS, read_state, restore_trainer, write_trainer
+from lora_rlhf.ppo.checkpoint import METRICS, read_state, readable, restore_trainer, write_trainer
 from lora_rlhf.ppo.trainer import Metrics, PpoTrainer
 from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.step_samples import StepSamples, append_samples, drop_samples_from, step_samples_table
 from lora_rlhf.terminal import console, note, progress, step_heading, step_line
 from lora_rlhf.tracking import Tracker, tracker
 from lora_rlhf.warning_signs import hacking_signs
+
+BYTES_OF_A_NUMBER = 12
+"""That is learned, in a checkpoint: itself and Adam's two moments, in float32."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,11 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
     metrics: list[Metrics] = []
     if resumed is not None:
         restore_trainer(trainer, resumed.numbers, resumed.folder)
-        text = (resumed.folder / METRICS).read_text(encoding="utf-8")
+        with readable(resumed.folder / METRICS):
+            text = (resumed.folder / METRICS).read_text(encoding="utf-8")
+            metrics = [dict(json.loads(line)) for line in text.splitlines()]
         if run.writes:
             write_text(run / METRICS, text)
-        metrics = [json.loads(line) for line in text.splitlines()]
         note(f"  going on after step {trainer.step_count}, from {resumed.folder}")
     config, total = run.config, run.config.ppo.total_steps
     kept_steps = {round(total * (i + 1) / (config.ppo.snapshots + 1)) for i in range(config.ppo.snapshots)} - {0, total}
@@ -147,7 +151,9 @@ def _save(trainer: PpoTrainer, run: RunDirectory) -> bool:
     if not run.writes:
         return True
     write = functools.partial(write_trainer, trainer, run.config, run / METRICS)
+    numbers = sum(parameter.numel() for own in trainer.parameters.values() for parameter in own)
     try:
+        check_space(run.path, 2 * numbers * BYTES_OF_A_NUMBER, f"a checkpoint of step {trainer.step_count}")
         write_checkpoint(run / "checkpoints" / "ppo", trainer.step_count, write, run.config.save_total_limit)
     except UserError as error:
         note(f"  no checkpoint of step {trainer.step_count}: {error}; the run goes on")

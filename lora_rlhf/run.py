@@ -16,12 +16,14 @@ from typing import IO, Any
 
 import yaml
 
-from lora_rlhf.checkpoint_folders import sync
+from lora_rlhf.checkpoint_folders import check_space, sync
 from lora_rlhf.config import MAY_CHANGE, RunConfig
 from lora_rlhf.config_file import BadYaml, config_to_mapping, differing_fields, plain_yaml
 from lora_rlhf.errors import UserError
 
 LOCK = ".lock"
+SPACE_OF_A_STAGE = 64 * 2**20
+"""Bytes that must be free on the disk before any stage; merging asks for more."""
 _LOCKS: dict[Path, IO[str]] = {}
 STAGES = ("base", "reward", "instruct", "ppo", "merge", "compare")
 CONTENTS = (
@@ -60,8 +62,9 @@ class RunDirectory:
             else:
                 text = yaml.safe_dump(config_to_mapping(config) | {"overwrite_output_dir": False}, sort_keys=False)
                 write_text(self / "config.yaml", text)
-        except OSError as error:
-            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"output_dir: {self.path} cannot be written: {reason}") from None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -78,6 +81,8 @@ class RunDirectory:
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage; what the block puts into the mapping goes to `summary.json` when the block ends well."""
+        if self.writes:
+            check_space(self.path, SPACE_OF_A_STAGE, f"the {name} stage")
         started = time.perf_counter()
         results: dict[str, Any] = {}
         yield results
@@ -175,7 +180,7 @@ def run_summary(folder: Path) -> dict[str, Any]:
         held = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
         held = None
     if not isinstance(held, dict) or not isinstance(held.get("seconds", {}), dict):
         raise UserError(f"{folder / 'summary.json'} is damaged; delete it to run the stages again")

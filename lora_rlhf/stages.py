@@ -15,10 +15,12 @@ from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
+from lora_rlhf.checkpoint_folders import check_space
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs
 from lora_rlhf.data.rows import Split
+from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
 from lora_rlhf.evaluation.curves import write_curves
 from lora_rlhf.instruct import train_instruct_adapter
@@ -134,6 +136,7 @@ def reward_stage(session: Session) -> None:
         base.load_adapter(REWARD, run / "reward_adapter")
         results["reward_model"] = reward_accuracy(base, session.tokenizer, test, config.ppo.scoring_batch_size)
         session.free_base()
+    shutil.rmtree(run / "checkpoints" / "reward_adapter", ignore_errors=True)  # the finished stage has all of it
     note(f"  accuracy on {results['reward_model']['n']} held-out pairs: {results['reward_model']['accuracy']:.3f}")
 
 
@@ -159,6 +162,7 @@ def instruct_stage(session: Session) -> None:
         session.free_base()
         with session.processes.alone():
             train_instruct_adapter(config, session.tokenizer, train, run / "instruct_adapter")
+    shutil.rmtree(run / "checkpoints" / "instruct_adapter", ignore_errors=True)  # the finished stage has all of it
 
 
 def ppo_stage(session: Session) -> None:
@@ -188,11 +192,13 @@ def ppo_stage(session: Session) -> None:
         metrics = taken_steps(trainer, run, state)
         if not run.writes:
             return
+        metrics = [m for m in metrics if "skipped" not in m]
+        if not metrics:
+            raise UserError(f"every PPO step was skipped for NaN or infinity; the batches are in {run / 'skipped'}")
         base.save_adapter(POLICY, run / "policy_adapter")
         base.save_adapter(VALUE, run / "value_adapter")
         write_text(run / "score_scales.json", json.dumps(trainer.normalization(), indent=1) + "\n")
         write_curves(metrics, run / "curves.png")
-        metrics = [m for m in metrics if "skipped" not in m]
         seconds = sorted(m["seconds_rollout"] + m["seconds_score"] + m["seconds_update"] for m in metrics)
         results["ppo"] = {
             "steps": trainer.step_count,
@@ -227,6 +233,7 @@ def merge_stage(session: Session) -> None:
         sampling = replace(Sampling.of(s), expand_weights=False)
         rollout = sampled_answers(base, POLICY, prompts, sampling, session.tokenizer, generator)
         drift = {}
+        check_space(run.path, 2 * base.layers.copy_bytes(), "the merged model")
         for target in TARGETS:
             weights = dequantized_layers(base) if target == "dequantized" else None
             model = merged_model(config, run / "policy_adapter", weights)
@@ -258,9 +265,12 @@ def compare_stage(session: Session) -> None:
             samples |= {name: arm.texts for name, arm in arms.items()}
             write_text(run / "samples.json", json.dumps(samples, indent=1) + "\n")
     console.print(arms_table(run.summary["arms"]))
-    samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))
-    prompts = samples.pop("prompts")
-    console.print(samples_table(prompts[:3], {arm: texts[:3] for arm, texts in samples.items()}))
+    try:
+        samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))
+        prompts = samples.pop("prompts")
+        console.print(samples_table(prompts[:3], {arm: texts[:3] for arm, texts in samples.items()}))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, IndexError, RecursionError):
+        note(f"  {run / 'samples.json'} is missing or damaged: no sample answers to show")
 
 
 def _arms(session: Session, pairs: list[PreferencePair]) -> dict[str, ArmAnswers]:

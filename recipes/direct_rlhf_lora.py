@@ -5,11 +5,16 @@
     python recipes/direct_rlhf_lora.py --config recipes/configs/mistral_7b_24gb.yaml
 
 The stages are those of arXiv 2403.02513, which trains the base model by PPO without supervised fine-tuning first; the
-SFT arm is made only to be compared with. A stage whose result is in --output_dir is not repeated, and each stage is
-also a recipe of its own. Any field can be given on the command line: --ppo.kl_coef 0.1 --dataset_name FOLDER.
+SFT arm is made only to be compared with. Nothing is lost: Ctrl-C, SIGTERM or a power cut, the same command goes on at
+the stage and step where it was (--save_steps, --save_minutes), and each stage is also a recipe of its own.
+`python -m lora_rlhf.watch OUTPUT_DIR` shows a run from another terminal. Any field can be given on the command line:
+--ppo.kl_coef 0.1 --dataset_name FOLDER.
 
-Supported: causal language models that transformers loads and PEFT adapts, in NF4 on CUDA and CPU; one device.
-Not supported: several GPUs, encoder-decoder models, images.
+Several GPUs: `accelerate launch --config_file recipes/launch/two_gpus.yaml recipes/direct_rlhf_lora.py …`. They share
+PPO, with the result of one; the other stages run on the first.
+
+Supported: causal language models that transformers loads and PEFT adapts, in NF4 on CUDA and CPU.
+Not supported: encoder-decoder models, images.
 """
 
 from pathlib import Path

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lora_rlhf.checkpoint_folders import MANIFEST, checkpoints, damage, newest_checkpoint, write_checkpoint
+from lora_rlhf.checkpoint_folders import MANIFEST, check_space, checkpoints, damage, newest_checkpoint, write_checkpoint
 from lora_rlhf.errors import UserError
 
 CONTENT = {"a.bin": b"a" * 5000, "b.json": b"{}", "deep/c.bin": bytes(range(256)) * 40}
@@ -150,3 +150,9 @@ def test_a_disk_that_fills_at_any_write_costs_the_new_one_alone(
         assert not list(parent.glob(".step*"))
     assert failed >= 8
     shutil.rmtree(tmp_path)
+
+
+def test_space_is_asked_for_before_it_is_used(tmp_path: Path) -> None:
+    check_space(tmp_path, 1, "a file")
+    with pytest.raises(UserError, match=r"MiB free, and the merged model needs about 1,048,576,000: make room"):
+        check_space(tmp_path, 2**40 * 1000, "the merged model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from lora_rlhf.config import LoraSettings
 from lora_rlhf.errors import UserError
 
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
-MORE_THAN_LORA = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "megatron_config")
-"""Fields of PEFT's config under which a layer computes more than x Wᵀ + s · (x Aᵀ) Bᵀ."""
+MORE_THAN_LORA = (
+    "use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config", "megatron_config",
+    "layer_replication", "target_parameters", "trainable_token_indices", "use_bdlora", "kasa_config",
+    "monteclora_config", "velora_config",
+)  # fmt: skip
+"""Fields of PEFT's config under which a model computes more than x Wᵀ + s · (x Aᵀ) Bᵀ in its own layers."""
+_QUANTIFIED_GROUP, _MOST_QUANTIFIERS = re.compile(r"\)[*+{]"), 4
 HEAD_KEY = "base_model.model.score.weight"
 
 
@@ -70,35 +76,83 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[LoraConfig, dict[s
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no adapter: it has no {name}")
+    raw = _mapping(folder / CONFIG)
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: only LoRA adapters can share the base, not {str(raw.get('peft_type'))[:40]!r}")
+    other = [name for name in MORE_THAN_LORA if raw.get(name)] + ["bias"] * (raw.get("bias", "none") != "none")
+    if other:
+        raise UserError(f"{folder}: only plain LoRA can share the base; this adapter has {', '.join(other)}")
+    check_base(folder, raw, base)
+    if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in raw]:
+        raise UserError(
+            f"{folder / CONFIG} has no {', '.join(missing)}: PEFT's defaults would stand in for what it had"
+        )
+    _check_patterns(folder / CONFIG, raw)
     try:
-        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if raw.get("peft_type") != "LORA":
-            raise UserError(f"{folder}: only LoRA adapters can share the base, not {raw.get('peft_type')}")
-        if other := [name for name in MORE_THAN_LORA if raw.get(name)]:
-            raise UserError(f"{folder}: only plain LoRA can share the base; this adapter has {', '.join(other)}")
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"{folder} cannot be read as an adapter: {error}") from None
-    check_base(folder, raw, base)
+        raise UserError(f"{folder} cannot be read as an adapter: {_first_line(error)}") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise UserError(f"{folder / WEIGHTS} is damaged: {name[:200]!r} holds NaN, infinity or no fractions")
+    _check_numbers(folder / CONFIG, config, tensors)
     head = tensors.pop(HEAD_KEY, None)
     if head is None and config.task_type == "SEQ_CLS":
         raise UserError(f"{folder / WEIGHTS} has no {HEAD_KEY}: the reward head is lost, so its scores would be noise")
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+    config.init_lora_weights = True  # others compute start values, from the base or from files; ours are in `tensors`
     return config, tensors, head
 
 
 def check_base(folder: Path, raw_config: dict[str, Any], base: dict[str, Any]) -> None:
     """Raise `UserError` where the adapter in `folder` was trained on another base than `base`."""
     if (folder / BASE).is_file():
-        trained_on = json.loads((folder / BASE).read_text(encoding="utf-8"))
+        trained_on = _mapping(folder / BASE)
         same = trained_on.get("fingerprint") == base["fingerprint"]
     else:  # written elsewhere: the name is all there is
         trained_on = {"name": raw_config.get("base_model_name_or_path")}
         same = Path(str(trained_on["name"])).name == Path(str(base["name"])).name
     if not same:
-        raise UserError(
-            f"{folder} was trained on another base ({trained_on.get('name')}) than this run's ({base['name']})"
-        )
+        name = " ".join(str(trained_on.get("name")).split())[:200]
+        raise UserError(f"{folder} was trained on another base ({name}) than this run's ({base['name']})")
+
+
+def _check_patterns(file: Path, raw: dict[str, Any]) -> None:
+    """Raise `UserError` where PEFT would match module names against a pattern that may backtrack without end."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        held, by_pattern = raw.get(name) or [], name.endswith("_pattern") and name != "layers_pattern"
+        if held and by_pattern != isinstance(held, dict):
+            raise UserError(f"{file}: {name} is {type(held).__name__}, not {'a mapping' if by_pattern else 'names'}")
+        for pattern in [held] if isinstance(held, str) else held if isinstance(held, list | dict) else [held]:
+            if not isinstance(pattern, str):
+                raise UserError(f"{file}: {name} holds {type(pattern).__name__}, not names of layers")
+            if _QUANTIFIED_GROUP.search(pattern) or sum(map(pattern.count, "*+{")) > _MOST_QUANTIFIERS:
+                raise UserError(f"{file}: {name} holds a pattern that could take for ever to match; name the layers")
+
+
+def _check_numbers(file: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise `UserError` where ranks are not those of the weights, or a scale is no number."""
+    ranks: list[Any] = [config.r, *(config.rank_pattern or {}).values()]
+    scales: list[Any] = [config.lora_alpha, *(config.alpha_pattern or {}).values()]
+    most = max([tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name and tensor.dim()], default=0)
+    for rank in ranks:  # beyond, memory would be asked for that no weights fill
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= most:
+            raise UserError(f"{file}: r is {str(rank)[:40]!r}, and the weights have rank {most}")
+    for scale in scales:
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) < float("inf"):
+            raise UserError(f"{file}: lora_alpha is {str(scale)[:40]!r}, not a number")
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as an adapter's: {_first_line(error)}") from None
+    if not isinstance(held, dict):
+        raise UserError(f"{file} cannot be read as an adapter's: it holds no JSON mapping")
+    return held
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

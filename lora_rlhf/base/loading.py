@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,21 @@ def resolved_model(name: str) -> str:
         return str(tiny_model_folder())
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UserError(f"model_name_or_path: no folder {name}")
+    _check_kernels(Path(name))
     return name
+
+
+def _check_kernels(folder: Path) -> None:
+    """Raise `UserError` where the config of a model folder asks transformers to fetch code: attention from the Hub."""
+    try:
+        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # no folder, or one that loading finds damaged
+    for name, value in held.items() if isinstance(held, dict) else ():
+        if name.endswith("_implementation") and "/" in str(value):
+            raise UserError(
+                f"{folder / 'config.json'}: {name} names code on the Hub ({str(value)[:80]}): it is not run"
+            )
 
 
 def load_tokenizer(config: RunConfig, name: str | None = None) -> Any:
@@ -215,13 +230,19 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, httpx.HTTPError, SafetensorError) as error:
+    except Exception as error:
+        known = isinstance(error, OSError | ValueError | httpx.HTTPError | SafetensorError)
+        ours = isinstance(
+            error, UserError | ImportError | MemoryError | torch.OutOfMemoryError | torch.AcceleratorError
+        )
+        if not known and (ours or not Path(source).is_dir()):  # a damaged folder may raise anything
+            raise
         chain: list[BaseException] = []
         link: BaseException | None = error
         while link is not None and link not in chain:
             chain.append(link)
             link = link.__cause__ or link.__context__
-        text = str(error) or type(error).__name__
+        text = " ".join(str(error).split())[:300] or type(error).__name__
         if any(isinstance(e, GatedRepoError) for e in chain):
             advice = f"{source} is gated: accept its terms on its Hub page, then run `hf auth login`"
         elif any(isinstance(e, RevisionNotFoundError) for e in chain):
@@ -229,7 +250,7 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
         elif any(isinstance(e, RepositoryNotFoundError) for e in chain):
             advice = f"{source} is not on the Hub (or is private: `hf auth login`); check model_name_or_path"
         elif Path(source).is_dir():
-            advice = f"{source} holds no model that transformers can load: {text.splitlines()[0]}"
+            advice = f"{source} holds no model that transformers can load: {text}"
         elif isinstance(error, OSError | httpx.HTTPError):
             advice = (
                 f"{source} is no folder here and could not be had from the Hub. Check the name and the network, "
@@ -237,7 +258,7 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
                 "--model_name_or_path embedded needs no Hub"
             )
         else:
-            advice = f"{source} cannot be loaded by transformers: {text.splitlines()[0]}"
+            advice = f"{source} cannot be loaded by transformers: {text}"
         raise UserError(advice) from error
 
 

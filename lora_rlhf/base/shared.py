@@ -81,8 +81,11 @@ class SharedBase:
             UserError: not an adapter, or trained on another base.
         """
         config, weights, head = read_adapter(folder, self.identity)
-        self._add(role, config)
-        self._fill(role, folder, weights)
+        try:
+            self._add(role, config)
+            self._fill(role, folder, weights)
+        except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
+            raise UserError(f"{folder} does not fit this base: {(str(error).splitlines() or ['?'])[0]}") from None
         if head is not None:
             self.add_head(role, head)
         self._after_new_adapter(role, trainable)
@@ -138,7 +141,15 @@ class SharedBase:
         self.configs[role] = config
 
     def add_head(self, role: str, weight: torch.Tensor) -> None:
-        """Give `role` a float32 head with the weight [1, d]; without an adapter, it reads another role's states."""
+        """Give `role` a float32 head with the weight [1, d]; without an adapter, it reads another role's states.
+
+        Raises:
+            UserError: a weight of another shape.
+        """
+        if tuple(weight.shape) != (1, self.hidden_size):  # copying would broadcast it
+            raise UserError(
+                f"the head of {role} is {list(weight.shape)} and not [1, {self.hidden_size}], as it must be"
+            )
         head = nn.Linear(self.hidden_size, 1, bias=False, device=self.device, dtype=torch.float32)
         with torch.no_grad():
             head.weight.copy_(weight)

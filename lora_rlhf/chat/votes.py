@@ -55,7 +55,7 @@ def kept_votes(file: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             vote = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(vote, dict) and isinstance(vote.get("winner"), str) and isinstance(vote.get("arms"), dict):
             found.append(vote)

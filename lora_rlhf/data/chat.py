@@ -32,6 +32,7 @@ CHATML = (
 """ChatML without a system turn of its own and with nothing after the last end mark."""
 
 TEMPLATES = {"human_assistant": HUMAN_ASSISTANT}
+_QUESTION = "Quo vadis?"
 
 
 def chatml_with_system_turn(text: str) -> str:
@@ -50,19 +51,22 @@ def set_chat_template(tokenizer: Any, chat_template: str | None) -> None:
         tokenizer.chat_template = TEMPLATES[chat_template]
     elif chat_template is not None:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:  # not UTF-8, or a name with a zero byte
             names = ", ".join(TEMPLATES)
             raise UserError(
                 f"chat_template: {chat_template} is no readable Jinja file and none of: {names} ({error})"
             ) from None
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = HUMAN_ASSISTANT
+    name = chat_template or "the tokenizer's own"
     try:
-        _frame(tokenizer)
+        before, _ = _frame(tokenizer)
     except Exception as error:  # whatever Jinja and the template itself raise
-        name = chat_template or "the tokenizer's own"
-        raise UserError(f"chat_template: {name} does not render a question and an answer: {error}") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"chat_template: {name} does not render a question and an answer: {reason}") from None
+    if chat_template is not None and _QUESTION not in before:  # any text is a template
+        raise UserError(f"chat_template: {name} leaves the question out")
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -85,7 +89,7 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
 
 def _frame(tokenizer: Any) -> tuple[str, str]:
     """Return (a prompt as the template renders it, what the template puts between prompt and answer)."""
-    question: list[Message] = [{"role": "user", "content": "Q"}]
+    question: list[Message] = [{"role": "user", "content": _QUESTION}]
     before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     mark = "\N{REFERENCE MARK}"
     whole = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": mark}], tokenize=False)

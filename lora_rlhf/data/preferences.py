@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_rlhf.config import RunConfig
+from lora_rlhf.data.bad_rows import BadRows
 from lora_rlhf.data.chat import Message, answer_ids, prompt_ids
 from lora_rlhf.data.rows import Split, dataset_rows
 from lora_rlhf.errors import UserError
@@ -49,6 +50,14 @@ class PairReport:
     read: int = 0
     kept: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+    first_bad: str | None = None
+    """Where the first row without preference data is, and what is wrong with it; none where there was none."""
+
+    def skip(self, bad_rows: BadRows) -> None:
+        """Count the rows that were no preference data."""
+        self.read += bad_rows.reasons.total()
+        self.left_out += bad_rows.reasons
+        self.first_bad = self.first_bad or bad_rows.first
 
     def leave_out(self, reason: str, rows: int) -> None:
         """Count `rows` rows, if any, as left out for `reason`."""
@@ -57,7 +66,10 @@ class PairReport:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.left_out.most_common())
-        return f"{self.kept} of {self.read} rows" + (f" (left out: {reasons})" if reasons else "")
+        return f"{self.kept} of {self.read} rows" + (
+            (f" (left out: {reasons})" if reasons else "")
+            + (f"; the first bad row: {self.first_bad}" if self.first_bad else "")
+        )
 
 
 class UnusableRow(Exception):
@@ -103,12 +115,14 @@ def preference_pairs(config: RunConfig, tokenizer: Any, split: Split) -> tuple[l
     """Return the usable pairs of the config's mixture in a seeded order, with a report of what was left out.
 
     Raises:
-        UserError: a data set without the columns, or no usable row left in one of them.
+        UserError: a bad row, where those are not to be skipped, or no usable row left in one of the data sets.
     """
     report = PairReport()
     parts = []
     for name in config.dataset_name:
-        rows = dataset_rows(name, split)
+        bad_rows = BadRows(skip=config.on_bad_rows == "skip")
+        rows = dataset_rows(name, split, bad_rows)
+        report.skip(bad_rows)
         part = _usable(rows, name, config, tokenizer, report)
         random.Random(config.seed).shuffle(part)
         parts.append(part)
@@ -126,13 +140,6 @@ def preference_pairs(config: RunConfig, tokenizer: Any, split: Split) -> tuple[l
 def _usable(
     rows: Sequence[dict[str, Any]], name: str, config: RunConfig, tokenizer: Any, report: PairReport
 ) -> list[PreferencePair]:
-    columns = {key for row in rows for key in row}
-    missing = {"chosen", "rejected"} - columns
-    if rows and missing:
-        raise UserError(
-            f"dataset_name: {name} has no column {' and no column '.join(sorted(missing))}; it has "
-            f"{', '.join(sorted(columns))}. Preference data needs chosen and rejected, and may have prompt."
-        )
     kept, left_out = [], Counter[str]()
     for row in rows:
         try:

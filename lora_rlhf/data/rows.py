@@ -4,80 +4,92 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_rlhf.config import EMBEDDED
+from lora_rlhf.data.bad_rows import BadRows
+from lora_rlhf.data.row_files import SUFFIXES, file_rows, good_rows, suffix
 from lora_rlhf.errors import UserError
 
 Split = Literal["train", "test"]
-SUFFIXES = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".json.gz": "json", ".parquet": "parquet"}
 HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "eval")
 
 
-def dataset_rows(name: str, split: Split) -> list[dict[str, Any]]:
+def dataset_rows(name: str, split: Split, bad_rows: BadRows | None = None) -> list[dict[str, Any]]:
     """Return the rows of one split of a data set.
 
     Args:
         name: `embedded`, a file, a folder, or a name on the Hub; the last two take `:SUBFOLDER`.
         split: a data set without a held-out part gives every tenth row to `test`, the others to `train`.
+        bad_rows: counts the rows that hold no preference data, or stops at the first; none: stops.
 
     Raises:
-        UserError: nothing there, not readable, or neither on this machine nor to be had from the Hub.
+        UserError: nothing there, not readable, or neither on this machine nor to be had from the Hub; a bad row.
     """
+    bad_rows = BadRows() if bad_rows is None else bad_rows
+    try:
+        return _rows(name, split, bad_rows)
+    except OSError as error:
+        raise UserError(f"dataset_name: {name} cannot be read: {error.strerror or error}") from None
+
+
+def _rows(name: str, split: Split, bad_rows: BadRows) -> list[dict[str, Any]]:
     if name == EMBEDDED:
-        return _file_rows([Path(__file__).parent / EMBEDDED / f"{split}.jsonl"], name)
+        return file_rows(Path(__file__).parent / EMBEDDED / f"{split}.jsonl", bad_rows)
     whole, _, part = name.partition(":")
     if Path(name).exists():
         whole, part = name, ""
     path = Path(whole)
     if path.is_file():
-        return _tenth(_file_rows([path], name), split, name)
+        if part:
+            raise UserError(f"dataset_name: {whole} is a file and has no part {part}; name a folder before the colon")
+        return _tenth(_files_rows([path], name, bad_rows), split, name)
     if path.is_dir():
-        return _folder_rows(path, part, split)
-    if whole.startswith((".", "/", "~")) or _suffix(path) or whole.count("/") > 1:
+        return _folder_rows(path, part, split, bad_rows)
+    if whole.startswith((".", "/", "~")) or suffix(path) or whole.count("/") > 1:
         raise UserError(f"dataset_name: no file or folder {whole}")
-    return _hub_rows(whole, part, split)
+    return _hub_rows(whole, part, split, bad_rows)
 
 
-def _folder_rows(folder: Path, part: str, split: Split) -> list[dict[str, Any]]:
+def _folder_rows(folder: Path, part: str, split: Split, bad_rows: BadRows) -> list[dict[str, Any]]:
     root = folder / part
     if not root.is_dir():
         names = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
         raise UserError(f"dataset_name: {folder} has no folder {part}; it has: {names or 'no folders'}")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and _suffix(p))
+    files = _data_files(root)
     if not files:
         raise UserError(f"dataset_name: no {', '.join(SUFFIXES)} below {root}")
     held_out = [p for p in files if p.name.lower().startswith(HELD_OUT_NAMES)]
     training = [p for p in files if p.name.lower().startswith("train")] or [p for p in files if p not in held_out]
     if held_out and training:
-        return _file_rows(training if split == "train" else held_out, str(root))
-    return _tenth(_file_rows(files, str(root)), split, str(root))
+        return _files_rows(training if split == "train" else held_out, str(root), bad_rows)
+    return _tenth(_files_rows(files, str(root), bad_rows), split, str(root))
 
 
-def _file_rows(files: list[Path], name: str) -> list[dict[str, Any]]:
-    import datasets
+def _data_files(root: Path) -> list[Path]:
+    """Return the data files below `root`, sorted; a folder that may not be read stops here instead of being empty."""
 
-    kinds = {SUFFIXES.get(_suffix(p) or "") for p in files}
-    if len(kinds) != 1 or None in kinds:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"dataset_name: folder {error.filename} cannot be read: {error.strerror}")
+
+    found = [Path(folder, file) for folder, _, files in os.walk(root, onerror=refuse) for file in files]
+    return sorted(p for p in found if suffix(p) and p.is_file())
+
+
+def _files_rows(files: list[Path], name: str, bad_rows: BadRows) -> list[dict[str, Any]]:
+    if any(suffix(p) is None for p in files) or len({suffix(p) == ".parquet" for p in files}) > 1:
         raise UserError(f"dataset_name: {name} is not all one of {', '.join(SUFFIXES)}")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise UserError(f"dataset_name: {file} is empty")
-    rows: list[dict[str, Any]] = []
-    for file in files:  # one by one, so that an error names the file
-        try:
-            with _quiet():
-                rows += datasets.load_dataset(str(kinds.copy().pop()), data_files=str(file), split="train").to_list()
-        except Exception as error:
-            cause = error.__cause__ or error
-            raise UserError(f"dataset_name: {file} cannot be read: {_first_line(cause)}") from None
-    return rows
+    return [row for file in files for row in file_rows(file, bad_rows)]
 
 
-def _hub_rows(name: str, part: str, split: Split) -> list[dict[str, Any]]:
+def _hub_rows(name: str, part: str, split: Split, bad_rows: BadRows) -> list[dict[str, Any]]:
     import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as own_readers
 
+    if name in own_readers:  # no data set but a reader of local files; `pandas` would unpickle them
+        raise UserError(f"dataset_name: {name} names a reader of files; give the file or the folder itself")
     try:
         with _quiet():
             splits = datasets.load_dataset(name, data_dir=part or None)
@@ -88,9 +100,11 @@ def _hub_rows(name: str, part: str, split: Split) -> list[dict[str, Any]]:
         ) from None
     held_out = next((n for n in splits if n.lower().startswith(HELD_OUT_NAMES)), None)
     training = next((n for n in splits if n.lower().startswith("train")), next(iter(splits)))
-    if held_out is None or held_out == training:
-        return _tenth(splits[training].to_list(), split, name)
-    return splits[training if split == "train" else held_out].to_list()
+    own = training if held_out is None or split == "train" else held_out
+    rows = list(good_rows(splits[own].to_list(), f"{name}, split {own}", bad_rows))
+    if not rows:
+        raise UserError(f"dataset_name: {name} has no row that can be used (skipped: {bad_rows})")
+    return _tenth(rows, split, name) if held_out in (None, training) else rows
 
 
 def _tenth(rows: list[dict[str, Any]], split: Split, name: str) -> list[dict[str, Any]]:
@@ -100,10 +114,6 @@ def _tenth(rows: list[dict[str, Any]], split: Split, name: str) -> list[dict[str
             "give a folder with a train and a test file"
         )
     return [row for i, row in enumerate(rows) if (i % 10 == 9) == (split == "test")]
-
-
-def _suffix(path: Path) -> str | None:
-    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.lower().endswith(s)), None)
 
 
 def _first_line(error: BaseException) -> str:

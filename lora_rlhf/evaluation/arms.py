@@ -125,7 +125,7 @@ def bad_words(file: str | None) -> list[str]:
     path = Path(file) if file else Path(__file__).with_name("bad_words.txt")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a name with a zero byte
         raise UserError(f"compare.bad_words_file: {path} cannot be read: {error}") from None
     words = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not words:

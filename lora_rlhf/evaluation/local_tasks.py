@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_rlhf.data.bad_rows import BadRow, check_characters
 from lora_rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -224,10 +225,14 @@ def _doc(line: str, where: str) -> dict[str, Any]:
     """Return what a task needs of one line."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: not an object but {type(row).__name__}")
+    try:
+        check_characters(row)
+    except BadRow as problem:
+        raise UserError(f"{where}: {problem}") from None
     for field in ("id", "question", "answer"):
         if field not in row:
             raise UserError(f"{where}: field `{field}` is missing")

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from lora_rlhf.data.bad_rows import BadRow, check_characters
 from lora_rlhf.data.chat import Message
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.answers import given_answers
@@ -55,7 +56,7 @@ def read_questions(file: Path) -> list[Question]:
         UserError: the file cannot be read, or a line is no question; names file, line and field.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut texts at other breaks
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--mt_bench_questions: {file} cannot be read: {error}") from None
     questions = []
@@ -64,14 +65,22 @@ def read_questions(file: Path) -> list[Question]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--mt_bench_questions: {file}, line {number} is no JSON: {error}") from None
         turns = row.get("turns") if isinstance(row, dict) else None
         if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(t, str) and t.strip() for t in turns):
             raise UserError(f"--mt_bench_questions: {file}, line {number}: `turns` is a list of two texts")
         references = row.get("reference") or [None, None]
-        if not isinstance(references, list) or len(references) != 2:
+        if (
+            not isinstance(references, list)
+            or len(references) != 2
+            or any(not isinstance(reference, str | None) for reference in references)
+        ):
             raise UserError(f"--mt_bench_questions: {file}, line {number}: `reference` is a list of two texts")
+        try:
+            check_characters(row)
+        except BadRow as problem:
+            raise UserError(f"--mt_bench_questions: {file}, line {number}: {problem}") from None
         name = str(row.get("question_id", number))
         questions.append(Question(name, str(row.get("category", "other")), tuple(turns), tuple(references)))
     if not questions:

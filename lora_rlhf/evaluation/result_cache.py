@@ -32,11 +32,15 @@ class ResultCache:
         file = self.folder / f"{key.get('what', 'result')}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
-            if held["key"] == json.loads(text):
+            if held["key"] == json.loads(text) and held["sha256"] == _digest(held["result"]):
                 return held["result"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # not kept yet, or damaged: made again
-        made = json.dumps({"key": key, "result": make()})
+        result = json.loads(json.dumps(make()))
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, made)
-        return json.loads(made)["result"]
+        write_text(file, json.dumps({"key": key, "result": result, "sha256": _digest(result)}))
+        return result
+
+
+def _digest(result: Any) -> str:
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()

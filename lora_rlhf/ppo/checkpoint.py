@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,13 @@ def read_state(folder: Path, config: RunConfig) -> dict[str, Any]:
     """Return the numbers of a checkpoint.
 
     Raises:
-        UserError: it is of another config; the fields that differ are named.
+        UserError: it cannot be read, or is of another config; the fields that differ are named.
     """
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if fields := differing_fields(state["config"], _comparable(config)):
+    with readable(folder / STATE):
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        held = dict(state["config"])
+        scales_of(state)
+    if fields := differing_fields(held, _comparable(config)):
         raise UserError(
             f"{folder} is of a run with another config: {', '.join(fields[:5])} differ. Delete the checkpoint to begin "
             "the stage anew, or go on with the config it was made with"
@@ -80,15 +84,42 @@ def scales_of(state: Mapping[str, Any]) -> dict[str, ScoreScale]:
     return {name: ScoreScale(**scale) for name, scale in state["scales"].items()}
 
 
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turn whatever goes wrong with a checkpoint's file into words; its manifest fits, so it was written like this."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{file} cannot be read ({reason}): delete {file.parent} to go on from the checkpoint before it"
+        ) from None
+
+
 def restore_trainer(trainer: PpoTrainer, state: Mapping[str, Any], folder: Path) -> None:
-    """Bring a trainer, newly made from the same config and with the scales of `state`, to where the checkpoint was."""
-    held = load_file(folder / PARAMETERS)
+    """Bring a trainer, newly made from the same config and with the scales of `state`, to where the checkpoint was.
+
+    Raises:
+        UserError: a file cannot be read, or does not fit.
+    """
+    found = {}
+    for name in (PARAMETERS, OPTIMIZER, RANDOM):
+        with readable(folder / name):
+            found[name] = load_file(folder / name)
+    with readable(folder / STATE):
+        _restore(trainer, state, found)
+
+
+def _restore(trainer: PpoTrainer, state: Mapping[str, Any], found: Mapping[str, dict[str, torch.Tensor]]) -> None:
+    held = found[PARAMETERS]
     with torch.no_grad():
         for role, own in trainer.parameters.items():
             for i, parameter in enumerate(own):
                 parameter.copy_(held[f"{role}.{i}"])
     optimizer = trainer.optimizer.state_dict()
-    optimizer["state"] = _joined(load_file(folder / OPTIMIZER), state["optimizer_numbers"])
+    optimizer["state"] = _joined(found[OPTIMIZER], state["optimizer_numbers"])
     for group, kept in zip(optimizer["param_groups"], state["optimizer_groups"], strict=True):
         group |= {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     trainer.optimizer.load_state_dict(optimizer)
@@ -99,7 +130,7 @@ def restore_trainer(trainer: PpoTrainer, state: Mapping[str, Any], folder: Path)
     trainer.sampling = replace(trainer.sampling, expand_weights=state["expand_weights"])
     trainer.batches.sizes |= state["batch_sizes"]
     trainer.guards = type(trainer.guards)(**state["guards"])
-    random_tensors = load_file(folder / RANDOM)
+    random_tensors = found[RANDOM]
     trainer.generator.set_state(random_tensors["sampling"])
     torch.set_rng_state(random_tensors["torch"])
     cuda_states = [random_tensors[name] for name in sorted(random_tensors) if name.startswith("cuda.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
 from lora_rlhf.reward.contrast import contrast_pairs
-from lora_rlhf.trl_trainer import on_one_device, trainer_arguments, trl_run
+from lora_rlhf.trl_trainer import checkpoints_beside, on_one_device, trainer_arguments, trl_run
 
 
 def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[PreferencePair], folder: Path) -> None:
@@ -38,21 +37,20 @@ def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pref
     torch.manual_seed(config.seed)
     model = load_reward_model(config, tokenizer.pad_token_id)
     identity = base_identity(model)
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = RewardConfig(
-            **trainer_arguments(config, config.reward, scratch),
-            center_rewards_coefficient=config.reward.center_rewards_coefficient,
-            max_length=None,
-            remove_unused_columns=False,  # the sampler needs `length`
-        )
-        trainer = RewardTrainer(
-            model=model,
-            args=on_one_device(arguments),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=lora_config(config.lora, "SEQ_CLS"),
-        )
-        trl_run(trainer, "reward", config)
+    arguments = RewardConfig(
+        **trainer_arguments(config, config.reward, checkpoints_beside(folder)),
+        center_rewards_coefficient=config.reward.center_rewards_coefficient,
+        max_length=None,
+        remove_unused_columns=False,  # the sampler needs `length`
+    )
+    trainer = RewardTrainer(
+        model=model,
+        args=on_one_device(arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora_config(config.lora, "SEQ_CLS"),
+    )
+    trl_run(trainer, "reward", config)
     state = get_peft_model_state_dict(trainer.model)
     head = state.pop(HEAD_KEY)
     write_adapter(folder, trainer.model.peft_config["default"], state, head, identity)

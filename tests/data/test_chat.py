@@ -167,3 +167,15 @@ def test_a_template_that_does_not_render_is_refused_before_any_work(
     (tmp_path / "own.jinja").write_text(text)
     with pytest.raises(UserError, match="chat_template"):
         load_tokenizer(make_config(chat_template=str(tmp_path / "own.jinja")))
+
+
+def test_a_template_file_that_leaves_the_question_out_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("Any text is a template.")
+    with pytest.raises(UserError, match="leaves the question out"):
+        set_chat_template(tokenizer, str(tmp_path / "notes.txt"))
+
+
+def test_a_template_file_with_a_byte_order_mark_renders_without_it(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(CHATML, encoding="utf-8-sig")
+    set_chat_template(tokenizer, str(tmp_path / "chat.jinja"))
+    assert tokenizer.chat_template == CHATML

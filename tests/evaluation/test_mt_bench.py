@@ -138,3 +138,24 @@ def test_the_gallery_shows_the_largest_win_the_largest_loss_and_the_typical_case
     ]
     assert shown[0]["grades"] == {"base": [5.0, 5.0], "plus": [9.0, 9.0]}
     assert shown[0]["answers"]["plus"] == ["plus 1", "more"]
+
+
+def test_a_line_break_of_unicode_inside_a_text_ends_no_line(tmp_path: Path) -> None:
+    turns = ["One\u2028two\x85three", "Four\x0bfive."]
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"turns": turns}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_questions(file)[0].turns == tuple(turns)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"turns": ["a", "b"], "reference": ["x", {"y": 1}]}, "`reference` is a list of two texts"),
+        ({"turns": ["a", "b\ud800"]}, "field `turns` holds a lone surrogate"),
+    ],
+)
+def test_a_question_that_no_tokenizer_takes_is_named(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="line 1") as error:
+        read_questions(tmp_path / "questions.jsonl")
+    assert words in str(error.value)

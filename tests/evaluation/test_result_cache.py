@@ -21,7 +21,7 @@ def test_a_result_is_made_once_and_again_for_another_key(tmp_path: Path) -> None
     assert ResultCache(tmp_path / "new").result({"what": "x", "arm": "b"}, make) == [0, 1]
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": {}, "result": 5}', '{"result": 5}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 100_000, '{"key": {}, "result": 5}', '{"result": 5}'])
 def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
     cache, key = ResultCache(tmp_path), {"what": "x", "n": 1}
     cache.result(key, lambda: 1)
@@ -29,6 +29,15 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
     file.write_text(damage)
     assert cache.result(key, lambda: 2) == 2
     assert cache.result(key, lambda: 3) == 2
+
+
+@pytest.mark.parametrize(("old", "new"), [("1.5", "1.6"), ("kept", "kepd"), ('"sha256"', '"sha255"')])
+def test_a_result_that_was_changed_in_its_file_is_made_again(tmp_path: Path, old: str, new: str) -> None:
+    cache, key = ResultCache(tmp_path), {"what": "x", "n": 1}
+    cache.result(key, lambda: [1.5, "kept"])
+    (file,) = tmp_path.glob("x-*.json")
+    file.write_text(file.read_text().replace(old, new))
+    assert cache.result(key, lambda: "made again") == "made again"
 
 
 def test_what_fails_is_not_kept(tmp_path: Path) -> None:

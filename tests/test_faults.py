@@ -1,0 +1,211 @@
+"""Faults in a whole run: what is written stays, and the same command ends it as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipe_runs import TINY, assert_one_line_of_error
+from safetensors.torch import load_file
+
+from lora_rlhf.base.shared import SharedBase
+from lora_rlhf.checkpoint_folders import checkpoints
+from lora_rlhf.ppo.trainer import PpoTrainer
+
+Recipe = Callable[..., tuple[int, str]]
+STEPS = ["--ppo.total_steps", "4", "--save_steps", "1"]
+
+
+@pytest.fixture
+def trained(run_folder: Path, tmp_path: Path) -> Path:
+    """A run whose stages before PPO are finished."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("reward_adapter", "instruct_adapter"):
+        os.system(f"cp -r '{run_folder / name}' '{folder}'")
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary = {
+        "seconds": {stage: 1.0 for stage in ("base", "reward", "instruct")},
+        "reward_model": summary["reward_model"],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = (run_folder / "config.yaml").read_text().replace("total_steps: 3", "total_steps: 4")
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+def ppo(recipe: Recipe, folder: Path, *options: str) -> tuple[int, str]:
+    return recipe("ppo_lora.py", *TINY, *STEPS, "--output_dir", str(folder), *options)
+
+
+def policy(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "policy_adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def expected(recipe: Recipe, trained: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """The policy of a run without faults."""
+    os.system(f"cp -r '{trained}' '{tmp_path / 'whole'}'")
+    status, printed = ppo(recipe, tmp_path / "whole")
+    assert status == 0, printed
+    return policy(tmp_path / "whole")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def failing_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> pytest.MonkeyPatch:
+    plain = PpoTrainer.step
+
+    def broken(self: PpoTrainer) -> Any:
+        if self.step_count + 1 == step:
+            raise error
+        return plain(self)
+
+    monkeypatch.setattr(PpoTrainer, "step", broken)
+    return monkeypatch
+
+
+def test_a_crash_in_a_step_costs_that_step_alone(
+    recipe: Recipe, trained: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        failing_at(patch, 3, RuntimeError("the driver has failed"))
+        with pytest.raises(RuntimeError, match="driver"):
+            ppo(recipe, trained)
+    status, printed = ppo(recipe, trained)
+    assert status == 0 and "going on after step 2" in printed
+    assert_same(policy(trained), expected)
+
+
+def test_memory_that_runs_out_in_a_step_changes_no_number(
+    recipe: Recipe, trained: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, failed = SharedBase.hidden, []
+
+    def full(self: SharedBase, role: str, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if (
+            torch.is_grad_enabled()
+            and len(ids) > 2
+            and self.layers.frozen[next(iter(self.layers.frozen))].copy is not None
+        ):
+            failed.append(len(ids))
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(self, role, ids, *rest)
+
+    monkeypatch.setattr(SharedBase, "hidden", full)
+    status, printed = ppo(recipe, trained)
+    assert status == 0 and failed, printed
+    assert "out of memory: from here on without the 16-bit working copy" in printed
+    for name, tensor in expected.items():
+        torch.testing.assert_close(policy(trained)[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(
+    recipe: Recipe, trained: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lora_rlhf.checkpoint_folders as folders
+
+    plain = folders.sync
+
+    def full(path: Path) -> None:
+        if ".step_000002" in str(path) or ".step_000003" in str(path):
+            raise OSError(28, "No space left on device")
+        plain(path)
+
+    monkeypatch.setattr(folders, "sync", full)
+    status, printed = ppo(recipe, trained)
+    assert status == 0, printed
+    assert printed.count("could not be written: No space left on device; the run goes on") == 2
+    assert_same(policy(trained), expected)
+
+
+def test_a_full_disk_at_the_start_is_said_before_any_work(
+    recipe: Recipe, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
+    assert_one_line_of_error(*ppo(recipe, trained), "0 MiB free", "the ppo stage needs about 64", "make room")
+
+
+@pytest.mark.parametrize("kind", ["torn", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    recipe: Recipe, trained: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    with monkeypatch.context() as patch:
+        failing_at(patch, 4, RuntimeError("stop"))
+        with pytest.raises(RuntimeError):
+            ppo(recipe, trained)
+    parent = trained / "checkpoints" / "ppo"
+    assert sorted(step for step, _ in checkpoints(parent)) == [2, 3]
+    file = parent / "step_000003" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    if kind == "missing":
+        file.unlink()
+    elif kind == "torn":
+        file.write_bytes(content[:-1])
+    else:
+        content[-5] ^= 4
+        file.write_bytes(content)
+    status, printed = ppo(recipe, trained)
+    assert status == 0, printed
+    assert "step_000003 is damaged (optimizer.safetensors" in printed and "going on after step 2" in printed
+    assert_same(policy(trained), expected)
+
+
+def test_a_nan_is_skipped_written_down_and_the_run_goes_on(
+    recipe: Recipe, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = PpoTrainer.targets
+
+    def broken(self: PpoTrainer, *args: Any) -> Any:
+        advantages, returns = plain(self, *args)
+        return (advantages * float("nan") if self.step_count == 1 else advantages), returns
+
+    monkeypatch.setattr(PpoTrainer, "targets", broken)
+    status, printed = ppo(recipe, trained)
+    assert status == 0, printed
+    assert "step 2 is skipped: gradient is NaN or infinite" in printed
+    record = json.loads((trained / "skipped" / "step_000002.json").read_text(encoding="utf-8"))
+    assert record["step"] == 2 and record["seed"] == 0 and len(record["pairs"]) == len(record["answers"]) == 8
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert ["skipped" in line for line in lines] == [False, True, False, False]
+
+
+def test_a_checkpoint_whose_json_was_swapped_for_a_pickle_runs_nothing(
+    recipe: Recipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even with a manifest that fits."""
+    import pickle
+
+    from lora_rlhf.checkpoint_folders import write_manifest
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "marker"),))
+
+    for name in (
+        "state.json",
+        "parameters.safetensors",
+        "optimizer.safetensors",
+        "random.safetensors",
+        "metrics.jsonl",
+    ):
+        with monkeypatch.context() as patch:
+            failing_at(patch, 3, RuntimeError("stop"))
+            with pytest.raises(RuntimeError):
+                ppo(recipe, trained)
+        for _, folder in checkpoints(trained / "checkpoints" / "ppo"):
+            (folder / name).write_bytes(pickle.dumps(Evil()))
+            write_manifest(folder)
+        assert_one_line_of_error(*ppo(recipe, trained), f"{name}", "cannot be read", "delete")
+        assert not (tmp_path / "marker").exists()
+        subprocess.run(["rm", "-r", str(trained / "checkpoints")], check=True)
