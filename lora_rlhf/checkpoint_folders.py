@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lora_rlhf.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -44,9 +46,10 @@ def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None], kee
             shutil.rmtree(folder)
         half.rename(folder)
         sync(parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(half, ignore_errors=True)
-        raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{folder} could not be written: {reason}") from None
     if problem := damage(folder):
         raise UserError(f"{folder} reads back otherwise than it was written ({problem}); is the disk failing?")
     for old, path in sorted(checkpoints(parent))[: -max(keep, 1)]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import signal
 import sys
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 
 from lora_rlhf.errors import UserError
 
@@ -41,12 +43,27 @@ def run_recipe(
     except UserError as error:
         console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
         sys.exit(2)
+    except (OSError, SafetensorError) as error:
+        if not _is_of_the_disk(error):
+            raise
+        what = getattr(error, "filename", None) or "a file"
+        text = f"error: {what} could not be written ({error}): make room or choose another place. {again}"
+        console.print(Text(text, style="red"), soft_wrap=True)
+        sys.exit(2)
     except KeyboardInterrupt as stopped:
         if any(word.startswith("--overwrite_output_dir") for word in sys.argv):
             again = "The same command without --overwrite_output_dir goes on from there."
         where = f" {stopped}" if str(stopped) else ""
         console.print(f"\nstopped{where}. {again}")
         sys.exit(130)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Return whether a file could not be written for want of room, or of leave."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"os error {number}" in str(error) for number in numbers)
 
 
 def heading(stage: str, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,40 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
     assert status == 0, printed
     assert printed.count("could not be written: No space left on device; the run goes on") == 2
     assert_same(policy(trained), expected)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 12 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)], check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(
+    recipe: Recipe, trained: Path, expected: dict[str, torch.Tensor], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fills up at some byte of the run's files; with room again, the same command ends the run."""
+    monkeypatch.setattr("lora_rlhf.run.SPACE_OF_A_STAGE", 0)
+    monkeypatch.setattr("lora_rlhf.ppo_steps.BYTES_OF_A_NUMBER", 0)
+    folder = small_disk / "run"
+    subprocess.run(["cp", "-r", str(trained), str(folder)], check=True)
+    ballast, failed = small_disk / "ballast", 0
+    for free in (2_000, 40_000, 90_000, 150_000, 300_000, 450_000, 600_000):
+        ballast.unlink(missing_ok=True)
+        ballast.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - free))
+        status, printed = ppo(recipe, folder)
+        assert status in (0, 2) and "Traceback" not in printed, printed
+        failed += status == 2
+        if status == 0:
+            break
+    ballast.unlink(missing_ok=True)
+    status, printed = ppo(recipe, folder)
+    assert status == 0 and failed >= 2, printed
+    assert_same(policy(folder), expected)
 
 
 def test_a_full_disk_at_the_start_is_said_before_any_work(
