@@ -74,12 +74,15 @@ def test_a_run_saves_its_step_leaves_and_goes_on(tmp_path: Path, number: signal.
 
 
 @pytest.mark.slow
-def test_a_stage_without_checkpoints_ends_at_once(tmp_path: Path) -> None:
+def test_the_reward_stage_saves_its_step_too(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "--reward.max_steps", "5000")
-    run.waits_for("a LoRA reward adapter")
+    run.waits_for("loss")
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(timeout=60) == 130
-    assert "stopped. The same command goes on" in run.printed and "Traceback" not in run.printed
+    assert "stopped after reward step" in run.printed and "Traceback" not in run.printed
+    again = Run(tmp_path / "run", "--reward.max_steps", "5000")
+    again.waits_for("going on after optimizer step")
+    again.process.kill()
 
 
 def test_two_runs_in_one_directory(tmp_path: Path) -> None:
