@@ -73,7 +73,7 @@ class Parts:
         return [self.state, self.kept, *texts, self.stop, *self.idle, self.voting, self.vote_table]
 
 
-def laid_out(comparison: ChatComparison, first: object, table: str, report: Path | None) -> Parts:
+def laid_out(comparison: ChatComparison, first: object, table: str, report: Path | None, most_waiting: int) -> Parts:
     """Return the parts, put on the page that is being built.
 
     Args:
@@ -81,11 +81,12 @@ def laid_out(comparison: ChatComparison, first: object, table: str, report: Path
         first: the conversation that a visitor begins with.
         table: markup of the votes so far.
         report: the evaluation's page, offered where it is there.
+        most_waiting: messages that may wait.
     """
     gr.Markdown(
         "# base, Instruct and Plus, side by side\n"
         "One message, answered by every model at once. Enter sends, Shift+Enter breaks the line. "
-        "One message is answered at a time; others wait in a queue, and see their place in it."
+        f"One message is answered at a time; others wait in a queue of at most {most_waiting}, and see their place in it."
     )
     state = gr.State(first)
     kept, exported, file_name = (gr.Textbox("", visible=False) for _ in range(3))

@@ -51,7 +51,9 @@ def chat_page(comparison: ChatComparison, votes_file: Path, report: Path | None,
     """
     sessions = ChatSessions(comparison, votes_file, most_waiting)
     with gr.Blocks(title="base, Instruct and Plus", fill_width=True, analytics_enabled=False) as page:
-        parts = laid_out(comparison, sessions.new_conversation(), vote_table_markup(*sessions.vote_table()), report)
+        parts = laid_out(
+            comparison, sessions.new_conversation(), vote_table_markup(*sessions.vote_table()), report, most_waiting
+        )
         events = PageEvents(sessions, parts)
         private: dict[str, Any] = {**ON_MODELS, "api_visibility": "private"}
         asked = [

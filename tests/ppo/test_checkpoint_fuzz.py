@@ -1,4 +1,4 @@
-"""Checkpoints with bytes changed at random: found out by the manifest, and in words where the manifest was forged too."""
+"""Checkpoints with bytes changed at random are found out by the manifest, or refused in words where it was forged."""
 
 from __future__ import annotations
 
