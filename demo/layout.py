@@ -86,7 +86,7 @@ def laid_out(comparison: ChatComparison, first: object, table: str, report: Path
     gr.Markdown(
         "# base, Instruct and Plus, side by side\n"
         "One message, answered by every model at once. Enter sends, Shift+Enter breaks the line. "
-        f"One message is answered at a time; others wait in a queue of at most {most_waiting}, and see their place in it."
+        f"One message is answered at a time; at most {most_waiting} others wait in a queue, and see their place."
     )
     state = gr.State(first)
     kept, exported, file_name = (gr.Textbox("", visible=False) for _ in range(3))
