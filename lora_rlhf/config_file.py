@@ -340,7 +340,7 @@ def _one_line(text: str) -> str:
 
 
 def _suggestion(name: str, known: Sequence[Any]) -> str:
-    if len(name) > 80:
+    if len(name) > 300:  # of a path, at most; comparing takes time
         return ""
     close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
     if not close:  # the right field without its section

@@ -80,11 +80,18 @@ def killed_until_done(folder: Path, moments: list[float]) -> int:
 
 
 def test_a_run_that_is_killed_ends_as_one_that_is_not(whole: tuple[dict[str, Any], float], tmp_path: Path) -> None:
-    expected, seconds = whole
-    chosen = random.Random(0)
-    moments = [chosen.uniform(0.45, 0.95) * seconds for _ in range(2)]
-    assert killed_until_done(tmp_path / "run", moments) >= 1
-    assert outcome(tmp_path / "run") == expected
+    """In the middle of PPO, and right after it."""
+    folder = tmp_path / "run"
+    for sign in (folder / "checkpoints" / "ppo" / "step_000002", folder / "policy_adapter"):
+        process = started(folder)
+        while not sign.exists():
+            assert process.poll() is None, log_of(folder)
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert started(folder).wait(timeout=600) == 0, log_of(folder)
+    assert "going on after step" in log_of(folder)
+    assert outcome(folder) == whole[0]
 
 
 @pytest.mark.slow
@@ -94,5 +101,5 @@ def test_six_kills_at_random_moments(whole: tuple[dict[str, Any], float], tmp_pa
     expected, seconds = whole
     chosen = random.Random(100 + seed)
     moments = [chosen.uniform(0.25, 1.0) * seconds for _ in range(6)]
-    assert killed_until_done(tmp_path / "run", moments) >= 2
+    assert killed_until_done(tmp_path / "run", moments) >= 1  # how long the whole took depends on who else is at work
     assert outcome(tmp_path / "run") == expected

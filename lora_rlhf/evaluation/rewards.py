@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from lora_rlhf.reward.sources import (
 )
 from lora_rlhf.reward.training import train_reward_adapter
 from lora_rlhf.terminal import note
+from lora_rlhf.trl_trainer import checkpoints_beside
 
 Reading = Callable[[GivenAnswers], list[float]]
 """Gives a number to each answer to the held-out prompts."""
@@ -153,6 +155,7 @@ def _trained(evaluation: Evaluation, config: RunConfig, pairs: Sequence[Preferen
     if not (folder / "adapter_model.safetensors").is_file():
         note(f"  referee {fold + 1} of 2: a reward adapter on {len(pairs)} held-out pairs")
         train_reward_adapter(config, evaluation.base_arm.tokenizer, pairs, folder)
+        shutil.rmtree(checkpoints_beside(folder))
     return folder
 
 

@@ -12,7 +12,7 @@
 #SBATCH --requeue
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would end the pipe early, which pipefail minds
 # the rank of a machine is known only where the task runs
 srun bash -c 'exec accelerate launch --config_file recipes/launch/two_nodes.yaml \
   --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * 2))" --machine_rank "$SLURM_NODEID" \
