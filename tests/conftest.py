@@ -30,6 +30,11 @@ from lora_rlhf.base.shared import REWARD, VALUE, SharedBase
 from lora_rlhf.config import LoraSettings, PpoSettings, RunConfig
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their number: gzip writes the time into its own, and every process must see the same names."""
+    return f"{argname} of {len(val)}" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model cache of the test session's own."""

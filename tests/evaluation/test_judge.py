@@ -172,6 +172,7 @@ def test_waits_double_with_a_little_chance(judge_of: JudgeOf, waits: list[float]
         ("-5", 1, 1),
         ("", 1, 1),
     ],
+    ids=["seven", "none", "a day", "for ever", "tomorrow", "yesterday", "a word", "negative", "empty"],
 )
 def test_retry_after_is_honoured_up_to_a_minute(
     header: str, least: float, most: float, judge_of: JudgeOf, waits: list[float]
