@@ -1,4 +1,9 @@
-"""The one exception that is meant for people: what was wrong, where, and what to do about it."""
+"""The exceptions that are meant for people: what was wrong, where, and what to do about it."""
+
+
+def first_line(error: object) -> str:
+    """Return the first line of what an error says; its class, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class UserError(Exception):

@@ -73,7 +73,7 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
         note(f"  going on after step {trainer.step_count}, from {resumed.folder}")
     config, total = run.config, run.config.ppo.total_steps
     kept_steps = {round(total * (i + 1) / (config.ppo.snapshots + 1)) for i in range(config.ppo.snapshots)} - {0, total}
-    saved, warned = time.monotonic(), set(hacking_signs(_taken(metrics)))
+    saved, warned = time.monotonic(), set(hacking_signs(without_skipped(metrics)))
     mode = "w" if resumed is None else "a"
     if run.writes:
         drop_samples_from(run.path, trainer.step_count + 1)
@@ -100,7 +100,7 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
                 console.print(step_line(metrics[-1]), soft_wrap=True)
             if config.sample_steps and trainer.step_count % config.sample_steps == 0 and run.writes:
                 _show_samples(trainer, run, tracked)
-            for kind, text in hacking_signs(_taken(metrics)).items():
+            for kind, text in hacking_signs(without_skipped(metrics)).items():
                 if kind not in warned:
                     warned.add(kind)
                     note(f"  warning: {text}")
@@ -132,7 +132,8 @@ def _show_samples(trainer: PpoTrainer, run: RunDirectory, tracked: Tracker) -> N
     console.print(step_samples_table(StepSamples(trainer.step_count, rows)))
 
 
-def _taken(metrics: list[Metrics]) -> list[Metrics]:
+def without_skipped(metrics: list[Metrics]) -> list[Metrics]:
+    """Return the metrics of the steps that were taken."""
     return [m for m in metrics if "skipped" not in m]
 
 

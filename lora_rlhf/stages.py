@@ -32,7 +32,7 @@ from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.processes import Processes
 from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
-from lora_rlhf.ppo_steps import checkpoint_to_resume, taken_steps
+from lora_rlhf.ppo_steps import checkpoint_to_resume, taken_steps, without_skipped
 from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward, source_entries
 from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
@@ -192,7 +192,7 @@ def ppo_stage(session: Session) -> None:
         metrics = taken_steps(trainer, run, state)
         if not run.writes:
             return
-        metrics = [m for m in metrics if "skipped" not in m]
+        metrics = without_skipped(metrics)
         if not metrics:
             raise UserError(f"every PPO step was skipped for NaN or infinity; the batches are in {run / 'skipped'}")
         base.save_adapter(POLICY, run / "policy_adapter")

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from lora_rlhf.config import LoraSettings
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
 MORE_THAN_LORA = (
@@ -92,7 +92,7 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[LoraConfig, dict[s
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:
-        raise UserError(f"{folder} cannot be read as an adapter: {_first_line(error)}") from None
+        raise UserError(f"{folder} cannot be read as an adapter: {first_line(error)[:300]}") from None
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise UserError(f"{folder / WEIGHTS} is damaged: {name[:200]!r} holds NaN, infinity or no fractions")
@@ -148,11 +148,7 @@ def _mapping(file: Path) -> dict[str, Any]:
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as an adapter's: {_first_line(error)}") from None
+        raise UserError(f"{file} cannot be read as an adapter's: {first_line(error)[:300]}") from None
     if not isinstance(held, dict):
         raise UserError(f"{file} cannot be read as an adapter's: it holds no JSON mapping")
     return held
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -59,7 +59,6 @@ class RoleLinear:
 
     def __init__(self, layer: Any, frozen: FrozenLinear, playing: Callable[[], str | MixedRoles]) -> None:
         self.layer, self.frozen, self.playing = layer, frozen, playing
-        self.stock = layer.forward
         self.folded = False
 
     def __call__(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -18,7 +18,7 @@ from lora_rlhf.base.attention import PLAIN_MODELS, use_grouped_attention
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
 from lora_rlhf.base.role_layers import MixedRoles, RoleLayers
 from lora_rlhf.base.token_logprobs import token_logprobs
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 
 REFERENCE, POLICY, REWARD, VALUE, INSTRUCT = "reference", "policy", "reward", "value", "instruct"
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -85,7 +85,7 @@ class SharedBase:
             self._add(role, config)
             self._fill(role, folder, weights)
         except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
-            raise UserError(f"{folder} does not fit this base: {(str(error).splitlines() or ['?'])[0]}") from None
+            raise UserError(f"{folder} does not fit this base: {first_line(error)}") from None
         if head is not None:
             self.add_head(role, head)
         self._after_new_adapter(role, trainable)

@@ -60,11 +60,11 @@ class Conversation:
 
     def messages(self, arm: str) -> list[Message]:
         """Return what `arm` goes on from: its own history, and the last message."""
-        shown = self.turns
-        found: list[Message] = [{"role": "system", "content": shown[-1].system}] if shown[-1].system else []
-        for turn in shown:
+        last = self.turns[-1]
+        found: list[Message] = [{"role": "system", "content": last.system}] if last.system else []
+        for turn in self.turns:
             found.append({"role": "user", "content": turn.message})
-            if turn is not shown[-1]:
+            if turn is not last:
                 found.append({"role": "assistant", "content": turn.answers[arm].text if arm in turn.answers else ""})
         return found
 

@@ -10,7 +10,7 @@ from lora_rlhf.chat.comparison import ChatComparison
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.errors import UserError
-from lora_rlhf.evaluation.loaded_arms import named_arms, run_arms
+from lora_rlhf.evaluation.loaded_arms import adapter_folder, named_arms, run_arms
 from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward
 
 
@@ -44,8 +44,9 @@ def named_comparison(
     arms = named_arms(config, names)
     combined = None
     if reward is not None:
-        kind = "adapter" if (Path(reward) / "adapter_config.json").is_file() else "model"
-        named = replace(config, ppo=replace(config.ppo, reward_sources=[{"kind": kind, "path": reward}]))
+        folder = adapter_folder(reward)
+        source = {"kind": "model", "path": reward} if folder is None else {"kind": "adapter", "path": str(folder)}
+        named = replace(config, ppo=replace(config.ppo, reward_sources=[source]))
         combined = CombinedReward(reward_sources(named, arms["base"].base, Path()))
     words = config.compare.bad_words_file
     return ChatComparison(arms, combined, config.ppo.stop_strings, context, most_tokens, words)

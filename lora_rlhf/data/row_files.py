@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_rlhf.data.bad_rows import BadRow, BadRows, check_characters, check_row, shown_name
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 
 SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl", ".json", ".parquet")
 MAX_LINE = 2**24
@@ -172,7 +172,7 @@ def _parquet_rows(path: Path, bad_rows: BadRows) -> Iterator[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # whatever pyarrow finds broken: in both modes, since rows are not apart in the file
-        raise UserError(f"dataset_name: {path} cannot be read after row {number}: {_first_line(error)}") from None
+        raise UserError(f"dataset_name: {path} cannot be read after row {number}: {first_line(error)[:300]}") from None
 
 
 def _arrow_row(batch: Any, i: int) -> dict[str, Any]:
@@ -183,7 +183,3 @@ def _arrow_row(batch: Any, i: int) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise BadRow("not UTF-8", f"field `{shown_name(name)}` is not UTF-8 text") from None
     return row
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lora_rlhf.config import EMBEDDED
 from lora_rlhf.data.bad_rows import BadRows
 from lora_rlhf.data.row_files import SUFFIXES, file_rows, good_rows, suffix
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 
 Split = Literal["train", "test"]
 HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "eval")
@@ -95,8 +95,9 @@ def _hub_rows(name: str, part: str, split: Split, bad_rows: BadRows) -> list[dic
             splits = datasets.load_dataset(name, data_dir=part or None)
     except Exception as error:
         raise UserError(
-            f"dataset_name: {name} is no file or folder here and could not be had from the Hub ({_first_line(error)}). "
-            "Check the name and the network, run `hf auth login` for gated data, or give a local folder."
+            f"dataset_name: {name} is no file or folder here and could not be had from the Hub "
+            f"({first_line(error)[:300]}). Check the name and the network, run `hf auth login` for gated data, or "
+            "give a local folder."
         ) from None
     held_out = next((n for n in splits if n.lower().startswith(HELD_OUT_NAMES)), None)
     training = next((n for n in splits if n.lower().startswith("train")), next(iter(splits)))
@@ -114,10 +115,6 @@ def _tenth(rows: list[dict[str, Any]], split: Split, name: str) -> list[dict[str
             "give a folder with a train and a test file"
         )
     return [row for i, row in enumerate(rows) if (i % 10 == 9) == (split == "test")]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import httpx
 import torch
 
 from lora_rlhf.base.shared import SharedBase
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.evaluation.local_tasks import TASK_METRIC, quiet_lm_eval
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def hub_task(name: str) -> tuple[Task, ...]:
         try:
             return tuple(registry.load([name])["tasks"].values())
         except (OSError, ValueError, RuntimeError, ImportError, DatasetsError, httpx.HTTPError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise TaskUnavailable(name, f"{reason} (or give local files: --local_tasks FOLDER)") from error
 
 

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.hub.folder import RUN_FILE, HubFolder
 from lora_rlhf.terminal import console, note
 
@@ -268,7 +268,7 @@ def hub_trouble(error: BaseException, repo_id: str) -> Trouble:
         if isinstance(link, HfHubHTTPError):
             return _refusal(link, repo_id)
         if isinstance(link, httpx.UnsupportedProtocol | httpx.InvalidURL):
-            return Trouble(f"HF_ENDPOINT is no address of a Hub: {_first_line(link)}")
+            return Trouble(f"HF_ENDPOINT is no address of a Hub: {first_line(link)}")
         if isinstance(link, httpx.ConnectError):
             return Trouble("the Hub cannot be reached: check the network (and HF_ENDPOINT, where it is set)", True)
         if isinstance(link, httpx.TransportError):
@@ -277,11 +277,11 @@ def hub_trouble(error: BaseException, repo_id: str) -> Trouble:
             return Trouble(f"no right to upload to {repo_id}: use a token with write access")
         if isinstance(link, ConnectionError | TimeoutError):  # xet's client has no errors of its own for these
             return Trouble(
-                f"the upload broke off ({_first_line(link)}): {AGAIN} (HF_HUB_DISABLE_XET=1 takes another way)", True
+                f"the upload broke off ({first_line(link)}): {AGAIN} (HF_HUB_DISABLE_XET=1 takes another way)", True
             )
     if isinstance(error, KeyError):
         return Trouble(f"the Hub gave an answer without {error}: {AGAIN}", True)
-    return Trouble(f"the push to {repo_id} failed: {_first_line(error)}. {AGAIN.capitalize()}")
+    return Trouble(f"the push to {repo_id} failed: {first_line(error)}. {AGAIN.capitalize()}")
 
 
 AGAIN = "the same command goes on, and what arrived is not sent again"
@@ -289,7 +289,7 @@ AGAIN = "the same command goes on, and what arrived is not sent again"
 
 def _refusal(error: HfHubHTTPError, repo_id: str) -> Trouble:
     status, headers = error.response.status_code, error.response.headers
-    said = f" ({_first_line(error.server_message)})" if error.server_message else ""
+    said = f" ({first_line(error.server_message)})" if error.server_message else ""
     if isinstance(error, GatedRepoError):
         return Trouble(
             f"{repo_id} is gated, and this account has no access: ask its owner, or choose another --repo_id"
@@ -319,10 +319,6 @@ def without_token(text: str) -> str:
     """Return `text` without the token that is in use, whoever put it there."""
     token = get_token()
     return text.replace(token, "***") if token else text
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

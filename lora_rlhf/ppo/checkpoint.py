@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_rlhf.config import MAY_CHANGE, RunConfig
 from lora_rlhf.config_file import config_to_mapping, differing_fields
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.reward.sources import ScoreScale
 from lora_rlhf.run import package_versions
@@ -92,9 +92,9 @@ def readable(file: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{file} cannot be read ({reason}): delete {file.parent} to go on from the checkpoint before it"
+            f"{file} cannot be read ({first_line(error)[:200]}): delete {file.parent} to go on from the checkpoint "
+            "before it"
         ) from None
 
 

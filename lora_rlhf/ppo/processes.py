@@ -169,7 +169,7 @@ def gathered(value: Any) -> list[Any]:
     """Return the value of every process, by rank.
 
     Raises:
-        UserError: another process has ended, or does not answer in time.
+        RuntimeError: another process has ended, or does not answer in time; `connected` puts it into words.
     """
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value)

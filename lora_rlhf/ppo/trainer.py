@@ -305,6 +305,7 @@ class PpoTrainer:
             weights = importance_weights(scored.logprobs, rollout.sampled_logprobs, s.sampler_correction)
             advantages = advantages * weights
         warming = self.step_count < s.value_warmup_steps
+        everything = [p for own in self.parameters.values() for p in own]
         with self.base.training():
             for _ in range(s.num_ppo_epochs):
                 order = torch.randperm(len(rollout.texts), generator=self.generator)  # 18.
@@ -314,7 +315,6 @@ class PpoTrainer:
                         "micro_batch_size",
                         partial(self._accumulate, rollout, scored, advantages, returns, part, warming),
                     )
-                    everything = [p for own in self.parameters.values() for p in own]
                     self.processes.sum_gradients(everything)
                     now = self.processes.sum_numbers(now, largest=("ratio_deviation",))
                     if not history:
