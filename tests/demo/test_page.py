@@ -232,7 +232,6 @@ def test_what_is_wrong_is_said_and_the_page_goes_on(visit: Callable[..., Visitor
         assert visitor.texts() == [[], [], []]
         assert visitor.tab.inner_text("#send") == "Send"
     visitor.set("Seed", "")
-    visitor.tab.wait_for_timeout(500)  # the page takes a while to notice that a number is gone
     visitor.ask("hello", settle=False)
     visitor.wait_for("seed is a whole number")
     visitor.set("Seed", "7")

@@ -43,8 +43,14 @@ class Visitor:
         if not self.tab.get_by_label("System prompt").is_visible():
             self.tab.click("#settings button")
         box = self.tab.get_by_label(label, exact=False).last
-        box.fill(value)
-        box.blur()
+
+        def stays() -> bool:  # a panel that has just opened may put its first value back
+            box.fill(value)
+            box.blur()
+            self.tab.wait_for_timeout(500)
+            return bool(box.input_value() == value)
+
+        assert eventually(stays, seconds=60)
 
     def click(self, name: str) -> None:
         self.tab.click(f"#{name}")
