@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,16 +30,51 @@ PPO = [
 ]  # minibatches of 3 answers
 
 
-def started(folder: Path, processes: int, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "recipes/direct_rlhf_lora.py", *TINY, *PPO, "--output_dir", str(folder), *options]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command[1:1] = launcher
+def launched(folder: Path, launcher: list[str], *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *launcher, "recipes/direct_rlhf_lora.py", *TINY, *PPO, "--output_dir", str(folder)]
     log = (folder.parent / f"{folder.name}.log").open("ab")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    return subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def started(folder: Path, processes: int, *options: str) -> subprocess.Popen[bytes]:
+    """Start a run of one process, or of two by the launch file that comes with the recipes."""
+    return launched(folder, [] if processes == 1 else accelerate("two_gpus", free_port()), *options)
+
+
+def accelerate(name: str, port: int, *options: str) -> list[str]:
+    file = f"recipes/launch/{name}.yaml"
+    return ["-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", str(port), *options]
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def workers(run: subprocess.Popen[bytes]) -> list[int]:
+    """Return the processes that do the work of a run that was launched."""
+    listing = ["ps", "-o", "pid=,args=", "--ppid", str(run.pid)]
+    lines = subprocess.run(listing, capture_output=True, text=True, check=False).stdout.splitlines()
+    return [int(line.split()[0]) for line in lines if "direct_rlhf_lora" in line]
+
+
+def kill(run: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher, and the workers, which would go on without it."""
+    processes = [*workers(run), run.pid]
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    run.wait()
+    while any(alive(process) for process in processes):
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def log_of(folder: Path) -> str:
@@ -81,6 +117,19 @@ def test_two_processes_give_the_adapters_of_one(one: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_two_nodes_give_the_adapters_of_one(one: Path, tmp_path: Path) -> None:
+    """Both on this machine, by the launch file for two, with a process each."""
+    port = free_port()
+    node = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--machine_rank"]
+    nodes = [
+        launched(tmp_path / "run", accelerate("two_nodes", port, *node, str(rank)), "--ppo.total_steps", "5")
+        for rank in range(2)
+    ]
+    assert [run.wait(timeout=300) for run in nodes] == [0, 0], log_of(tmp_path / "run")
+    assert_equal_to(one, tmp_path / "run")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_processes(one: Path, tmp_path: Path, first: int, then: int) -> None:
     folder = tmp_path / "run"
@@ -88,8 +137,7 @@ def test_a_run_goes_on_with_another_number_of_processes(one: Path, tmp_path: Pat
     end = time.monotonic() + 200
     while not list((folder / "checkpoints" / "ppo").glob("step_*")) and time.monotonic() < end:
         time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    kill(run)
     assert started(folder, then, "--ppo.total_steps", "5").wait(timeout=300) == 0, log_of(folder)
     assert_equal_to(one, folder)
 
@@ -101,20 +149,16 @@ def test_a_process_that_dies_takes_the_others_along_and_leaves_a_checkpoint(tmp_
     end = time.monotonic() + 200
     while not list((folder / "checkpoints" / "ppo").glob("step_*")) and time.monotonic() < end:
         time.sleep(0.05)
-    listing = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(run.pid)], capture_output=True, text=True, check=True
-    )
-    workers = [int(line.split()[0]) for line in listing.stdout.splitlines() if "direct_rlhf_lora" in line]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
+    both = workers(run)
+    assert len(both) == 2
+    os.kill(both[1], signal.SIGKILL)
     assert run.wait(timeout=60) != 0
     assert re.search("another process of this run has ended or hangs|Signal 9|SIGKILL|exitcode", log_of(folder))
     again = started(folder, 1, "--ppo.total_steps", "400")
     while not re.search(r"going on after step [1-9]", log_of(folder)):
         assert again.poll() is None and time.monotonic() < end, log_of(folder)
         time.sleep(0.05)
-    os.killpg(again.pid, signal.SIGKILL)
-    again.wait()
+    kill(again)
 
 
 def test_rows_are_split_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
