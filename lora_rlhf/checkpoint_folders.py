@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from lora_rlhf.errors import UserError
 
 MANIFEST = "manifest.json"
+BYTES_OF_A_NUMBER = 12
+"""That is learned, in a checkpoint: itself and Adam's two moments, in float32."""
 
 
 def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
@@ -66,6 +68,11 @@ def check_space(folder: Path, needed: int, what: str) -> None:
             f"the disk of {folder} has {free / 2**20:,.0f} MiB free, and {what} needs about {needed / 2**20:,.0f}: "
             "make room, and the same command goes on"
         )
+
+
+def check_space_of_checkpoint(folder: Path, step: int, numbers: int) -> None:
+    """Raise `UserError` where the disk of `folder` has no room for two checkpoints of `numbers` learned numbers."""
+    check_space(folder, 2 * numbers * BYTES_OF_A_NUMBER, f"a checkpoint of step {step}")
 
 
 def write_manifest(folder: Path) -> None:

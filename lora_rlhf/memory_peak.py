@@ -49,3 +49,8 @@ def trim_heap() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out; torch has a class for that of a GPU alone."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

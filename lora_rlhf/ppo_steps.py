@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.base.shared import POLICY
-from lora_rlhf.checkpoint_folders import check_space, newest_checkpoint, write_checkpoint
+from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, write_checkpoint
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.interruption import StoppedAfterSaving, interruption
@@ -24,9 +24,6 @@ from lora_rlhf.step_samples import StepSamples, append_samples, drop_samples_fro
 from lora_rlhf.terminal import console, note, progress, step_heading, step_line
 from lora_rlhf.tracking import Tracker, tracker
 from lora_rlhf.warning_signs import hacking_signs
-
-BYTES_OF_A_NUMBER = 12
-"""That is learned, in a checkpoint: itself and Adam's two moments, in float32."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def _save(trainer: PpoTrainer, run: RunDirectory) -> bool:
     write = functools.partial(write_trainer, trainer, run.config, run / METRICS)
     numbers = sum(parameter.numel() for own in trainer.parameters.values() for parameter in own)
     try:
-        check_space(run.path, 2 * numbers * BYTES_OF_A_NUMBER, f"a checkpoint of step {trainer.step_count}")
+        check_space_of_checkpoint(run.path, trainer.step_count, numbers)
         write_checkpoint(run / "checkpoints" / "ppo", trainer.step_count, write, run.config.save_total_limit)
     except UserError as error:
         note(f"  no checkpoint of step {trainer.step_count}: {error}; the run goes on")

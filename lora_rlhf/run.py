@@ -9,7 +9,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,8 @@ SPACE_OF_A_STAGE = 64 * 2**20
 """Bytes that must be free on the disk before any stage; merging asks for more."""
 _LOCKS: dict[Path, IO[str]] = {}
 STAGES = ("base", "reward", "instruct", "ppo", "merge", "compare")
+CHECKPOINTS = {"reward": "reward_adapter", "instruct": "instruct_adapter", "ppo": "ppo"}
+"""Stage → folder of its checkpoints in `checkpoints/`."""
 CONTENTS = (
     "config.yaml", "summary.json", "metrics.jsonl", "curves.png", "score_scales.json", "samples.json",
     "reward_adapter", "instruct_adapter", "policy_adapter", "policy_snapshots", "value_adapter", "merged", "evaluation",
@@ -59,6 +61,7 @@ class RunDirectory:
                 self._clear()
             if (self / "config.yaml").is_file() and self._begun():
                 self._check_same_run(wanted)
+                self._drop_checkpoints()  # a run that ended right before it would have
             else:
                 text = yaml.safe_dump(config_to_mapping(config) | {"overwrite_output_dir": False}, sort_keys=False)
                 write_text(self / "config.yaml", text)
@@ -93,6 +96,14 @@ class RunDirectory:
         summary.setdefault("seconds", {})[name] = round(time.perf_counter() - started, 2)
         summary["versions"] = package_versions()
         write_text(self / "summary.json", json.dumps(summary, indent=1) + "\n")
+        self._drop_checkpoints()
+
+    def _drop_checkpoints(self) -> None:
+        """Delete those of finished stages, whose results hold all that is in them."""
+        for stage in filter(self.finished, CHECKPOINTS):
+            shutil.rmtree(self / "checkpoints" / CHECKPOINTS[stage], ignore_errors=True)
+        with suppress(OSError):
+            (self / "checkpoints").rmdir()  # only where nothing is in it
 
     def wait_for(self, stages: Iterable[str]) -> None:
         """Return when the main process has finished these stages."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
-import shutil
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,12 +21,12 @@ from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs
 from lora_rlhf.data.rows import Split
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
 from lora_rlhf.evaluation.curves import write_curves
 from lora_rlhf.instruct import train_instruct_adapter
 from lora_rlhf.memory import check_memory, with_checkpointing_decided
-from lora_rlhf.memory_peak import reset_peak_memory, return_freed_memory
+from lora_rlhf.memory_peak import ran_out, reset_peak_memory, return_freed_memory
 from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
 from lora_rlhf.ppo.checkpoint import scales_of
 from lora_rlhf.ppo.decoding import Sampling
@@ -89,6 +90,22 @@ class Session:
             check_memory(self.config)
             self._memory_checked = True
 
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Do a stage, as `RunDirectory.stage`; memory that runs out is put into words."""
+        try:
+            with self.run.stage(name) as results:
+                yield results
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            config = shlex.quote(str(self.run / "config.yaml"))
+            raise UserError(
+                f"the {name} stage ran out of memory ({first_line(error)}): `python -m lora_rlhf.memory --config "
+                f"{config}` shows what takes it, and what to change. Where something else held the memory, the same "
+                "command goes on"
+            ) from None
+
     def free_base(self) -> None:
         """Let the base go, for a stage that loads its own."""
         self.base = None
@@ -103,7 +120,7 @@ def base_stage(session: Session) -> None:
     if session.run.finished("base"):
         note("  done before")
         return
-    with session.run.stage("base"):
+    with session.stage("base"):
         session.check_memory()
         for split in ("train", "test"):
             session.pairs(split)
@@ -125,7 +142,7 @@ def reward_stage(session: Session) -> None:
     if run.finished("reward"):
         note(f"  done before: accuracy {run.summary['reward_model']['accuracy']:.3f}")
         return
-    with run.stage("reward") as results:
+    with session.stage("reward") as results:
         session.check_memory()
         train, test = session.pairs("train"), session.pairs("test")
         session.free_base()
@@ -136,7 +153,6 @@ def reward_stage(session: Session) -> None:
         base.load_adapter(REWARD, run / "reward_adapter")
         results["reward_model"] = reward_accuracy(base, session.tokenizer, test, config.ppo.scoring_batch_size)
         session.free_base()
-    shutil.rmtree(run / "checkpoints" / "reward_adapter", ignore_errors=True)  # the finished stage has all of it
     note(f"  accuracy on {results['reward_model']['n']} held-out pairs: {results['reward_model']['accuracy']:.3f}")
 
 
@@ -156,13 +172,12 @@ def instruct_stage(session: Session) -> None:
     if run.finished("instruct"):
         note("  done before")
         return
-    with run.stage("instruct"):
+    with session.stage("instruct"):
         session.check_memory()
         train = session.pairs("train")
         session.free_base()
         with session.processes.alone():
             train_instruct_adapter(config, session.tokenizer, train, run / "instruct_adapter")
-    shutil.rmtree(run / "checkpoints" / "instruct_adapter", ignore_errors=True)  # the finished stage has all of it
 
 
 def ppo_stage(session: Session) -> None:
@@ -177,7 +192,7 @@ def ppo_stage(session: Session) -> None:
         run.wait_for([] if config.instruct_model_name_or_path else ["instruct"])
     if _uses_own_reward(config):
         run.needed("reward_adapter/adapter_model.safetensors", "reward")
-    with session.processes.connected(), run.stage("ppo") as results:
+    with session.processes.connected(), session.stage("ppo") as results:
         session.check_memory()
         train = session.pairs("train")
         session.free_base()
@@ -207,7 +222,6 @@ def ppo_stage(session: Session) -> None:
             "peak_memory_gib": metrics[-1]["peak_memory_gib"],
             "stopped_early": trainer.stopped_early,
         }
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # the finished stage has all of it
     if trainer.stopped_early:
         note(
             f"  stopped early: {trainer.stopped_early}. A larger ppo.kl_coef or a smaller learning rate holds it back."
@@ -224,7 +238,7 @@ def merge_stage(session: Session) -> None:
         note(f"  done before: {run / 'merged'}")
         return
     run.needed("policy_adapter/adapter_model.safetensors", "ppo")
-    with run.stage("merge") as results:
+    with session.stage("merge") as results:
         test = session.pairs("test")[: config.merge.drift_prompts]
         base = _base_with_policy(session)
         s = config.ppo
@@ -256,7 +270,7 @@ def compare_stage(session: Session) -> None:
         run.needed("policy_adapter/adapter_model.safetensors", "ppo")
         if not config.instruct_model_name_or_path:
             run.needed("instruct_adapter/adapter_model.safetensors", "instruct")
-        with run.stage("compare") as results:
+        with session.stage("compare") as results:
             pairs = session.pairs("test")[: config.compare.num_prompts]
             arms = _arms(session, pairs)
             words = bad_word_pattern(config.compare.bad_words_file)

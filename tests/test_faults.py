@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_runs import TINY, assert_one_line_of_error
+from recipe_runs import TINY, assert_one_line_of_error, in_stage, outcome
 from safetensors.torch import load_file
 
 from lora_rlhf.base.shared import SharedBase
@@ -108,6 +108,25 @@ def test_memory_that_runs_out_in_a_step_changes_no_number(
         torch.testing.assert_close(policy(trained)[name], tensor, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["GPU", "main"])
+def test_memory_that_runs_out_in_other_stages_is_said(
+    recipe: Recipe, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Where something else held the memory, the same command ends the run as if nothing had happened."""
+    run = tmp_path / "run"
+
+    def happens() -> None:
+        raise error
+
+    for stage in ("base", "reward", "instruct", "merge", "compare"):
+        with in_stage(monkeypatch, stage, happens):
+            found = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(run))
+        assert_one_line_of_error(*found, f"the {stage} stage ran out of memory", "lora_rlhf.memory", "goes on")
+    status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(run))
+    assert status == 0, printed
+    assert outcome(run) == outcome(run_folder)
+
+
 def test_a_full_disk_costs_checkpoints_and_not_the_run(
     recipe: Recipe, trained: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,27 +157,61 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("stage", "weights"),
+    [
+        ("ppo_lora.py", "policy_adapter/adapter_model.safetensors"),
+        ("reward_lora.py", "reward_adapter/adapter_model.safetensors"),
+        ("merge_lora.py", "merged/model.safetensors"),
+    ],
+)
 def test_a_disk_that_is_really_full(
-    recipe: Recipe, trained: Path, expected: dict[str, torch.Tensor], small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    recipe: Recipe, run_folder: Path, trained: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch,
+    stage: str, weights: str,
+) -> None:  # fmt: skip
     """It fills up at some byte of the run's files; with room again, the same command ends the run."""
     monkeypatch.setattr("lora_rlhf.run.SPACE_OF_A_STAGE", 0)
-    monkeypatch.setattr("lora_rlhf.ppo_steps.BYTES_OF_A_NUMBER", 0)
-    folder = small_disk / "run"
-    subprocess.run(["cp", "-r", str(trained), str(folder)], check=True)
+    monkeypatch.setattr("lora_rlhf.checkpoint_folders.BYTES_OF_A_NUMBER", 0)
+    monkeypatch.setattr("lora_rlhf.base.role_layers.RoleLayers.copy_bytes", lambda _: 0)  # which merging asks for
+    if stage == "merge_lora.py":
+        trained = run_folder
+    if stage == "reward_lora.py":
+        (trained / "summary.json").unlink()
+        subprocess.run(["rm", "-r", str(trained / "reward_adapter"), str(trained / "instruct_adapter")], check=True)
+    steps = [] if stage == "merge_lora.py" else STEPS
+    folder, whole = small_disk / "run", trained.parent / f"whole {stage}"
+    for copy in (folder, whole):
+        subprocess.run(["cp", "-r", str(trained), str(copy)], check=True)
+        if stage == "merge_lora.py":
+            subprocess.run(["rm", "-r", str(copy / "merged")], check=True)
+            summary = json.loads((copy / "summary.json").read_text())
+            del summary["seconds"]["merge"]
+            (copy / "summary.json").write_text(json.dumps(summary))
+    assert recipe(stage, *TINY, *steps, "--output_dir", str(whole))[0] == 0
     ballast, failed = small_disk / "ballast", 0
     for free in (2_000, 40_000, 90_000, 150_000, 300_000, 450_000, 600_000):
         ballast.unlink(missing_ok=True)
         ballast.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - free))
-        status, printed = ppo(recipe, folder)
+        status, printed = recipe(stage, *TINY, *steps, "--output_dir", str(folder))
         assert status in (0, 2) and "Traceback" not in printed, printed
         failed += status == 2
         if status == 0:
             break
     ballast.unlink(missing_ok=True)
-    status, printed = ppo(recipe, folder)
+    status, printed = recipe(stage, *TINY, *steps, "--output_dir", str(folder))
     assert status == 0 and failed >= 2, printed
-    assert_same(policy(folder), expected)
+    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_disk_that_is_read_only(recipe: Recipe, trained: Path, small_disk: Path, begun: bool) -> None:
+    folder = small_disk / "run"
+    if begun:
+        subprocess.run(["cp", "-r", str(trained), str(folder)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    before = sorted(small_disk.rglob("*"))
+    assert_one_line_of_error(*ppo(recipe, folder), "output_dir", str(folder), "Read-only file system")
+    assert sorted(small_disk.rglob("*")) == before
 
 
 def test_a_full_disk_at_the_start_is_said_before_any_work(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from recipe_runs import ROOT, TINY
+from recipe_runs import ROOT, TINY, in_stage, outcome
 
 from lora_rlhf.errors import UserError
 from lora_rlhf.interruption import interruption
-from lora_rlhf.run import LOCK, lock
+from lora_rlhf.run import LOCK, STAGES, lock, run_summary
 
 PPO = ["--ppo.total_steps", "400", "--save_steps", "0", "--save_minutes", "0"]
 
@@ -71,6 +73,24 @@ def test_a_run_saves_its_step_leaves_and_goes_on(tmp_path: Path, number: signal.
         again.process.send_signal(signal.SIGINT)
     assert again.process.wait(timeout=60) in (130, -signal.SIGINT)  # the second may come when all is done
     assert "Traceback" not in again.printed
+
+
+def test_sigterm_in_each_stage(
+    recipe: Callable[..., tuple[int, str]], run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run, ended in every one of its stages: what it comes to is what an undisturbed one comes to."""
+    run = tmp_path / "run"
+    for stage in STAGES:
+        with in_stage(monkeypatch, stage, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(run))
+        assert status == 130 and "The same command goes on from there" in printed, printed
+        assert "Traceback" not in printed
+        assert list(run_summary(run).get("seconds", {})) == list(STAGES[: STAGES.index(stage)])
+        if stage in ("reward", "instruct", "ppo"):
+            assert re.search(rf"stopped after {stage} step [1-3]\.", printed, re.IGNORECASE)
+    status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(run))
+    assert status == 0, printed
+    assert outcome(run) == outcome(run_folder)
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def _trained(evaluation: Evaluation, config: RunConfig, pairs: Sequence[Preferen
     if not (folder / "adapter_model.safetensors").is_file():
         note(f"  referee {fold + 1} of 2: a reward adapter on {len(pairs)} held-out pairs")
         train_reward_adapter(config, evaluation.base_arm.tokenizer, pairs, folder)
-        shutil.rmtree(checkpoints_beside(folder))
+    shutil.rmtree(checkpoints_beside(folder), ignore_errors=True)
     return folder
 
 
