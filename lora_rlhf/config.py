@@ -54,6 +54,9 @@ class TrainerSettings:
     warmup_ratio: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.")
     weight_decay: float = setting(0.0, "Decoupled weight decay of AdamW.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, a third more time.")
+    max_skipped_steps: int | None = setting(
+        3, "Steps in a row that may be skipped for NaN or infinity; one more ends the run. None: any number."
+    )
 
 
 @dataclass
@@ -211,7 +214,7 @@ class RunConfig:
     max_length: int = setting(512, "Pairs with more tokens in prompt and answer are left out, and counted.")
     max_train_pairs: int | None = setting(None, "Use at most this many training pairs.")
     max_eval_pairs: int | None = setting(None, "Use at most this many held-out pairs.")
-    save_steps: int = setting(20, "PPO steps between two checkpoints; 0: by save_minutes alone.")
+    save_steps: int = setting(20, "Steps of PPO, reward or SFT training between two checkpoints; 0: by save_minutes.")
     save_minutes: float = setting(10.0, "Minutes after which a checkpoint is due as well; 0: by save_steps alone.")
     save_total_limit: int = setting(2, "Checkpoints kept of a stage that is not finished; at least 1.")
     sample_steps: int = setting(10, "PPO steps between two tables of sample answers; 0: none.")

@@ -199,12 +199,15 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
         "ppo.sampler_correction",
         "ppo.rollout_batch_size",
         "ppo.logits_chunk_size",
+        "ppo.max_stopped_updates",
         "max_train_pairs",
         "max_eval_pairs",
     ):
         if flat[name] is not None and not 0 < flat[name] < float("inf"):
             raise UserError(f"{where}: {name} is above 0, or none; not {flat[name]}")
     for stage in ("reward", "sft", "ppo"):
+        if (most := flat[f"{stage}.max_skipped_steps"]) is not None and most < 0:
+            raise UserError(f"{where}: {stage}.max_skipped_steps is 0 or more, or none; not {most}")
         if flat.get(f"{stage}.weight_decay", 0) < 0:
             raise UserError(f"{where}: {stage}.weight_decay is not below 0; not {flat[f'{stage}.weight_decay']}")
         if not 0 <= flat[f"{stage}.warmup_ratio"] < 1:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
@@ -15,9 +19,11 @@ from transformers import TrainerCallback
 from lora_rlhf.base.attention import use_grouped_attention
 from lora_rlhf.base.loading import device
 from lora_rlhf.base.role_layers import RoleLayers
-from lora_rlhf.checkpoint_folders import newest_checkpoint, write_manifest
+from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, write_manifest
 from lora_rlhf.config import RunConfig, TrainerSettings
+from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.interruption import Interruption, StoppedAfterSaving, interruption
+from lora_rlhf.run import write_text
 from lora_rlhf.terminal import note, progress
 
 ORDER = "order.safetensors"
@@ -67,10 +73,20 @@ def on_one_device(arguments: Any) -> Any:
     return arguments
 
 
-def trl_run(trainer: Any, name: str, config: RunConfig) -> None:
+def trl_run(trainer: Any, name: str, config: RunConfig, settings: TrainerSettings) -> None:
     """Train with a progress bar, in lean layers, after undoing TRL's cast of QLoRA adapters to bfloat16.
 
     At the learning rates of LoRA, Adam's updates are lost in bfloat16's 8 bits of mantissa.
+
+    Args:
+        trainer: TRL's.
+        name: of the stage.
+        config: of the run.
+        settings: of the stage.
+
+    Raises:
+        StoppedAfterSaving: Ctrl-C or SIGTERM; a checkpoint of the last step is written.
+        UserError: too many steps in a row were skipped.
     """
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -90,12 +106,17 @@ def trl_run(trainer: Any, name: str, config: RunConfig) -> None:
     if found is not None and (found[1] / ORDER).is_file():
         sampler.resumed = load_file(found[1] / ORDER)["random"]
     trainer._get_train_sampler = lambda *_: sampler
+    saving = _Saving(trainer, sampler)
+    trainer._save_checkpoint = saving
     with held, interruption() as asked, progress(f"{name}: optimizer steps", 0) as report:
         trainer.add_callback(_Bar(report, name))
-        trainer.add_callback(_Saving(asked, sampler))
+        trainer.add_callback(_SavingWhenDue(asked, config.save_minutes))
+        trainer.add_callback(_Guarding(trainer, name, config.seed, settings.max_skipped_steps))
         trainer.train(resume_from_checkpoint=None if found is None else str(found[1]))
-        if asked.asked and trainer.state.global_step < trainer.state.max_steps:
-            raise StoppedAfterSaving(f"after {name} step {trainer.state.global_step}")
+        step = trainer.state.global_step
+        if asked.asked and step < trainer.state.max_steps:
+            unsaved = "" if saving.saved_step == step else ", which could not be saved"
+            raise StoppedAfterSaving(f"after {name} step {step}{unsaved}")
     trainer.model.eval()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -126,21 +147,91 @@ class _OrderKept(Sampler[int]):
         return iter(order)
 
 
-class _Saving(TrainerCallback):
-    """Saves and stops when that is asked for, and writes down what a checkpoint holds once it is whole."""
+class _Saving:
+    """The trainer's `_save_checkpoint`, and what the checkpoint holds written down once it is whole.
 
-    def __init__(self, asked: Interruption, sampler: _OrderKept) -> None:
-        self.asked, self.sampler = asked, sampler
+    Where it cannot be written the run goes on, and the checkpoints before are as they were.
+    """
+
+    def __init__(self, trainer: Any, sampler: _OrderKept) -> None:
+        self.trainer, self.sampler, self.saved_step = trainer, sampler, 0
+        self.plain = trainer._save_checkpoint
+
+    def __call__(self, model: Any, trial: Any) -> None:
+        state, parent = self.trainer.state, Path(self.trainer.args.output_dir)
+        folder = parent / f"checkpoint-{state.global_step}"
+        numbers = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            check_space_of_checkpoint(parent, state.global_step, numbers)
+            self.plain(model, trial)
+            if state.epoch % 1 > 1e-6:  # in the middle of a pass, whose order has to be drawn again
+                save_file({"random": self.sampler.drawn_from}, folder / ORDER)
+            write_manifest(folder)
+        except UserError as error:
+            note(f"  no checkpoint of step {state.global_step}: {error}; the run goes on")
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer raises a RuntimeError on a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            note(f"  no checkpoint: {folder} could not be written: {first_line(error)}; the run goes on")
+        else:
+            self.saved_step = state.global_step
+
+
+class _SavingWhenDue(TrainerCallback):
+    """Saves after so many minutes, and saves and stops where that was asked for."""
+
+    def __init__(self, asked: Interruption, minutes: float) -> None:
+        self.asked, self.minutes = asked, minutes
+        self.saved = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.asked.asked:
             control.should_save = control.should_training_stop = True
+        if self.minutes > 0 and time.monotonic() - self.saved >= 60 * self.minutes:
+            control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.epoch % 1 > 1e-6:  # in the middle of a pass, whose order has to be drawn again
-            save_file({"random": self.sampler.drawn_from}, folder / ORDER)
-        write_manifest(folder)
+        self.saved = time.monotonic()
+
+
+class _Guarding(TrainerCallback):
+    """Leaves out a step whose gradient is NaN or infinite, and writes down what is needed to take it again."""
+
+    def __init__(self, trainer: Any, name: str, seed: int, most: int | None) -> None:
+        self.trainer, self.name, self.seed, self.most = trainer, name, seed, most
+        self.skipped = 0
+        self.batches: list[dict[str, Any]] = []
+        self.plain = trainer.training_step
+        trainer.training_step = self._training_step
+
+    def _training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+        self.batches.append(inputs)
+        return self.plain(model, inputs, *rest)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.batches = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        learned = [p for p in self.trainer.model.parameters() if p.grad is not None]
+        if bool(torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in learned]))):
+            self.skipped = 0
+            return
+        for parameter in learned:
+            parameter.grad = None  # what has none is not stepped
+        self.skipped += 1
+        step, folder = state.global_step + 1, Path(args.output_dir).parents[1] / "skipped"
+        reason = "gradient is NaN or infinite"
+        held = [{name: value.tolist() for name, value in batch.items()} for batch in self.batches]
+        record = {"stage": self.name, "step": step, "reason": reason, "seed": self.seed, "batches": held}
+        folder.mkdir(exist_ok=True)
+        write_text(folder / f"{self.name}_{step:06d}.json", json.dumps(record) + "\n")
+        note(f"  step {step} is skipped: {reason}")
+        if self.most is not None and self.skipped > self.most:
+            section = "sft" if self.name == "instruct" else self.name
+            raise UserError(
+                f"{self.name} step {step}: {reason}, and so it was in the {self.skipped - 1} steps before: a smaller "
+                f"{section}.learning_rate or dtype: float32 may help. The batches are in {folder}"
+            )
 
 
 class _Bar(TrainerCallback):
