@@ -133,9 +133,8 @@ def _restore(trainer: PpoTrainer, state: Mapping[str, Any], found: Mapping[str, 
     random_tensors = found[RANDOM]
     trainer.generator.set_state(random_tensors["sampling"])
     torch.set_rng_state(random_tensors["torch"])
-    cuda_states = [random_tensors[name] for name in sorted(random_tensors) if name.startswith("cuda.")]
-    if torch.cuda.is_available() and len(cuda_states) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda_states)
+    if torch.cuda.is_available() and f"cuda.{torch.cuda.device_count() - 1}" in random_tensors:
+        torch.cuda.set_rng_state_all([random_tensors[f"cuda.{i}"] for i in range(torch.cuda.device_count())])
     version, numbers, gauss = state["python_random"]
     random.setstate((version, tuple(numbers), gauss))
     kept = state["numpy_random"]
