@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lora_rlhf.config import MAY_CHANGE, RunConfig
 from lora_rlhf.config_file import config_to_mapping, differing_fields
 from lora_rlhf.errors import UserError, first_line
+from lora_rlhf.ppo.optimization import load_adam
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.reward.sources import ScoreScale
 from lora_rlhf.run import package_versions
@@ -122,7 +123,7 @@ def _restore(trainer: PpoTrainer, state: Mapping[str, Any], found: Mapping[str, 
     optimizer["state"] = _joined(found[OPTIMIZER], state["optimizer_numbers"])
     for group, kept in zip(optimizer["param_groups"], state["optimizer_groups"], strict=True):
         group |= {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
-    trainer.optimizer.load_state_dict(optimizer)
+    load_adam(trainer.optimizer, optimizer)
     trainer.scheduler.load_state_dict(dict(state["scheduler"]))
     trainer.step_count, trainer.episodes = state["step"], state["episodes"]
     trainer.stopped_early, trainer._order = state["stopped_early"], state["order"]
@@ -161,7 +162,11 @@ def _plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 def _split(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return (tensors, everything else) of an optimizer's state, by `NUMBER.NAME`."""
-    flat = {f"{number}.{name}": value for number, own in state.items() for name, value in own.items()}
+    flat: dict[str, Any] = {}
+    for number, own in state.items():
+        for name, value in own.items():
+            inner = value if isinstance(value, dict) else {name: value}  # bitsandbytes wraps what is in 8 bits
+            flat |= {f"{number}.{inner_name}": inner_value for inner_name, inner_value in inner.items()}
     tensors = {n: v.detach().cpu().contiguous().clone() for n, v in flat.items() if isinstance(v, torch.Tensor)}
     return tensors, {name: value for name, value in flat.items() if name not in tensors}
 

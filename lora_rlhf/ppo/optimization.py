@@ -20,6 +20,17 @@ def adam(groups: list[dict[str, Any]], optim: str) -> torch.optim.Optimizer:
     return bitsandbytes.optim.PagedAdam8bit(groups, eps=1e-5)
 
 
+def load_adam(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer of `adam` the state of another one; moments that are paged stay so."""
+    optimizer.load_state_dict(state)
+    if (new_buffer := getattr(optimizer, "get_state_buffer", None)) is None:
+        return
+    for parameter, own in optimizer.state.items():
+        for name in own.keys() & {"state1", "state2"}:
+            buffer = new_buffer(parameter, dtype=own[name].dtype)
+            own[name] = buffer.copy_(own[name])
+
+
 def learning_rate_share(step: int, total: int, warmup_ratio: float) -> float:
     """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, then down to 0 at `total`."""
     warmup = round(warmup_ratio * total)

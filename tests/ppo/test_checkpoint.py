@@ -38,6 +38,21 @@ def saved(trainer: PpoTrainer, config: RunConfig, folder: Path, metrics: list[Me
     )
 
 
+def test_moments_in_8_bits_come_back(
+    make_trainer: MakeTrainer, make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer of `ppo.optim: paged_adam_8bit`, which steps without CUDA too, though it does not page there."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def paged_adam(groups: list[dict[str, Any]], _: str) -> Any:
+        return bitsandbytes.optim.PagedAdam8bit(groups, eps=1e-5, min_8bit_size=1)
+
+    monkeypatch.setattr("lora_rlhf.ppo.trainer.adam", paged_adam)
+    test_a_restored_trainer_goes_on_number_for_number(make_trainer, make_config, tmp_path, {})
+    held = load_file(tmp_path / "ppo" / "step_000002" / "optimizer.safetensors")
+    assert {tensor.dtype for name, tensor in held.items() if name.endswith(".state1")} == {torch.uint8}
+
+
 @pytest.mark.parametrize("ppo", SETTINGS.values(), ids=SETTINGS.keys())
 def test_a_restored_trainer_goes_on_number_for_number(
     make_trainer: MakeTrainer, make_config: Callable[..., RunConfig], tmp_path: Path, ppo: dict[str, Any]
