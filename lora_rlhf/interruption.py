@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from lora_rlhf.terminal import note
+
+ONE_REQUEST = 3.0
+"""Seconds in which another SIGTERM is the same request: services and launchers tell a process each by themselves."""
 
 
 class Interruption:
@@ -17,12 +21,15 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self.asked_at = 0.0
 
     def __call__(self, number: int, _: FrameType | None) -> None:
         """Take a signal."""
         if self.asked is not None:
+            if number == signal.SIGTERM and time.monotonic() - self.asked_at < ONE_REQUEST:
+                return
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
+        self.asked, self.asked_at = signal.Signals(number).name, time.monotonic()
         note(f"  {self.asked}: this step is finished and saved first; once more ends the run now")
 
 

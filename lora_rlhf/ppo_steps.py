@@ -104,14 +104,15 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
             stop = trainer.processes.any(bool(asked.asked))  # all of them at the same step
             if trainer.step_count in kept_steps and run.writes:
                 trainer.base.save_adapter(POLICY, run / "policy_snapshots" / f"step_{trainer.step_count:06d}")
-            last = trainer.step_count >= total or trainer.stopped_early
-            if not last and (stop or _is_due(config, trainer.step_count, time.monotonic() - saved)):
+            last = trainer.step_count >= total or trainer.stopped_early  # what is left of the stage may fail
+            if stop or last or _is_due(config, trainer.step_count, time.monotonic() - saved):
                 written = _save(trainer, run)
                 saved = time.monotonic()
-                if stop:
-                    raise StoppedAfterSaving(
-                        f"after PPO step {trainer.step_count}" + ("" if written else ", which could not be saved")
-                    )
+            if stop:
+                trainer.processes.wait()  # for the save: a launcher ends all where one has ended
+                raise StoppedAfterSaving(
+                    f"after PPO step {trainer.step_count}" + ("" if written else ", which could not be saved")
+                )
     return metrics
 
 

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,11 +104,6 @@ class RunDirectory:
             shutil.rmtree(self / "checkpoints" / CHECKPOINTS[stage], ignore_errors=True)
         with suppress(OSError):
             (self / "checkpoints").rmdir()  # only where nothing is in it
-
-    def wait_for(self, stages: Iterable[str]) -> None:
-        """Return when the main process has finished these stages."""
-        while not all(self.finished(stage) for stage in stages):
-            time.sleep(1)
 
     def needed(self, name: str, stage: str) -> Path:
         """Return the path of what an earlier stage left; raise `UserError` where it did not."""

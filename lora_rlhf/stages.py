@@ -67,6 +67,7 @@ class Session:
         processes = Processes()
         console.quiet = not processes.is_main
         tokenizer = load_tokenizer(config)
+        processes.meet()
         return cls(config, RunDirectory(config, writes=processes.is_main), tokenizer, processes)
 
     def pairs(self, split: Split) -> list[PreferencePair]:
@@ -184,14 +185,15 @@ def ppo_stage(session: Session) -> None:
     """Train the policy adapter by PPO against the reward; the reference is the same base with adapters off."""
     heading("ppo", "the policy adapter, against the reward; reference: the base with adapters off")
     config, run = session.config, session.run
-    if run.finished("ppo"):
+    if run.writes and run.finished("ppo"):
+        session.processes.tell("ppo", "done")
         note(f"  done before: {run.summary['ppo']['steps']} steps")
         return
-    if not session.processes.is_main:
-        run.wait_for(["base", *(["reward"] if _uses_own_reward(config) else [])])
-        run.wait_for([] if config.instruct_model_name_or_path else ["instruct"])
-    if _uses_own_reward(config):
+    if run.writes and _uses_own_reward(config):
         run.needed("reward_adapter/adapter_model.safetensors", "reward")
+    session.processes.tell("ppo", "begins")
+    if not run.writes and session.processes.told("ppo") == "done":
+        return
     with session.processes.connected(), session.stage("ppo") as results:
         session.check_memory()
         train = session.pairs("train")

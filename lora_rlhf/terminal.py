@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import signal
 import sys
 import threading
@@ -41,14 +42,13 @@ def run_recipe(
     try:
         main()
     except UserError as error:
-        console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        _print_error(f"error: {error}")
         sys.exit(2)
     except (OSError, SafetensorError) as error:
         if not _is_of_the_disk(error):
             raise
         what = getattr(error, "filename", None) or "a file"
-        text = f"error: {what} could not be written ({error}): make room or choose another place. {again}"
-        console.print(Text(text, style="red"), soft_wrap=True)
+        _print_error(f"error: {what} could not be written ({error}): make room or choose another place. {again}")
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         if any(word.startswith("--overwrite_output_dir") for word in sys.argv):
@@ -56,6 +56,14 @@ def run_recipe(
         where = f" {stopped}" if str(stopped) else ""
         console.print(f"\nstopped{where}. {again}")
         sys.exit(130)
+
+
+def _print_error(text: str) -> None:
+    """Print an error; of several processes, those that are silent otherwise say which one they are."""
+    if console.quiet:
+        console.quiet = False
+        text = f"process {os.environ.get('RANK', '?')}: {text}"
+    console.print(Text(text, style="red"), soft_wrap=True)
 
 
 def _is_of_the_disk(error: Exception) -> bool:

@@ -21,17 +21,26 @@ from lora_rlhf.run import LOCK, STAGES, lock, run_summary
 PPO = ["--ppo.total_steps", "400", "--save_steps", "0", "--save_minutes", "0"]
 
 
-def test_the_first_signal_asks_and_the_second_ends() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_rlhf.interruption.ONE_REQUEST", 0)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with pytest.raises(KeyboardInterrupt), interruption() as asked:
-            assert asked.asked is None
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)
-            assert asked.asked == signal.Signals(number).name
-            os.kill(os.getpid(), number)
-            time.sleep(0.01)
+    with pytest.raises(KeyboardInterrupt), interruption() as asked:
+        assert asked.asked is None
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert asked.asked == signal.Signals(number).name
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_sigterm_twice_at_once_is_one_request() -> None:
+    with interruption() as asked:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+    assert asked.asked == "SIGTERM"
 
 
 class Run:

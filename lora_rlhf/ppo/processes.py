@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -34,8 +35,31 @@ class Processes:
 
     def __init__(self) -> None:
         self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self._board: torch.distributed.Store | None = None
         if self.count > 1 and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+    def meet(self) -> None:
+        """Find the store of the launcher, through which `tell` and `told` go; raise `UserError` where there is none."""
+        if self.count == 1 or self._board is not None:
+            return
+        with words_for_the_lost():
+            store, _, _ = next(torch.distributed.rendezvous("env://", self.rank, self.count, timeout=WAIT))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._board = torch.distributed.PrefixStore(f"lora_rlhf/{attempt}", store)
+
+    def tell(self, what: str, answer: str) -> None:
+        """Let the other processes know, where this is the main one; they learn of its work in no other way."""
+        if self._board is not None and self.is_main:
+            self._board.set(what, answer)
+
+    def told(self, what: str) -> str:
+        """Wait until the main process tells, however long; raise `UserError` where it is gone."""
+        assert self._board is not None, "they have to meet first"
+        with words_for_the_lost():
+            while not self._board.check([what]):
+                time.sleep(0.5)
+            return bytes(self._board.get(what)).decode()
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
@@ -49,15 +73,13 @@ class Processes:
             return
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
         try:
-            yield
-        except RuntimeError as error:
-            if lost := lost_process(error):
-                raise lost from None
-            raise
+            with words_for_the_lost():
+                PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
+                yield
         finally:
-            torch.distributed.destroy_process_group()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
             PartialState._reset_state()
 
     @contextlib.contextmanager
@@ -156,6 +178,10 @@ class Processes:
         """Return whether it holds in any process."""
         return here if self.count == 1 else any(gathered(here))
 
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        self.any(False)
+
     def first(self, problem: str | None) -> str | None:
         """Return the problem of the first process that has one; none: nobody has."""
         return problem if self.count == 1 else next(filter(None, gathered(problem)), None)
@@ -174,6 +200,17 @@ def gathered(value: Any) -> list[Any]:
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value)
     return found
+
+
+@contextlib.contextmanager
+def words_for_the_lost() -> Iterator[None]:
+    """Say in a `UserError` that another process is gone, where that is what an error inside the block says."""
+    try:
+        yield
+    except RuntimeError as error:
+        if lost := lost_process(error):
+            raise lost from None
+        raise
 
 
 def lost_process(error: RuntimeError) -> UserError | None:

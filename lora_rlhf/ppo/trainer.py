@@ -122,7 +122,9 @@ class PpoTrainer:
         for start in range(0, len(chosen), self.settings.batch_size):
             part = chosen[start : start + self.settings.batch_size]
             batches.append(answers_of(self._rollout(REFERENCE, part), *self._prompts_and_columns(part)))
-        self.reward.fit(*batches)
+        if self.processes.is_main:  # a reward need not say the same twice, and the scales are those of all
+            self.reward.fit(*batches)
+        self.reward.scales = self.processes.from_main(self.reward.scales)
 
     def _start_value_role(self) -> None:
         if self.settings.value_model == "head":
