@@ -5,6 +5,7 @@ A checkpoint is `step_000012/`; its `manifest.json` holds the size and the SHA-2
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
 BYTES_OF_A_NUMBER = 12
@@ -86,18 +87,24 @@ def write_manifest(folder: Path) -> None:
 
 def newest_checkpoint(parent: Path, report: Callable[[str], None]) -> tuple[int, Path] | None:
     """Return (step, folder) of the newest checkpoint that is whole; the damaged ones after it are named in `report`."""
+    damaged = []
+    found = None
     for step, folder in sorted(checkpoints(parent), reverse=True):
         problem = damage(folder)
         if problem is None:
-            return step, folder
-        report(f"{folder} is damaged ({problem}); the one before it is used")
-    return None
+            found = step, folder
+            break
+        damaged.append(f"{folder} is damaged ({problem})")
+    instead = "the stage begins anew" if found is None else f"{found[1].name} is used"
+    for text in damaged:
+        report(f"{text}; {instead}")
+    return found
 
 
 def checkpoints(parent: Path) -> Iterator[tuple[int, Path]]:
     """Yield (step, folder) of every checkpoint in `parent`, whole or not."""
     for folder in parent.glob("*") if parent.is_dir() else ():
-        if (match := re.fullmatch(r"(?:step_|checkpoint-)(\d+)", folder.name)) and folder.is_dir():
+        if (match := re.fullmatch(r"step_(\d+)", folder.name)) and folder.is_dir():
             yield int(match[1]), folder
 
 
@@ -108,7 +115,7 @@ def damage(folder: Path) -> str | None:
         wanted = {str(name): (facts["size"], facts["sha256"]) for name, facts in held.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}: it was never finished"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST} cannot be read"
     if not wanted:
         return f"its {MANIFEST} is empty"
@@ -119,9 +126,23 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes of {size}"
             if sha256(file) != digest:
                 return f"{name} has other content than was written"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+        except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+            return f"{name}: {getattr(error, 'strerror', None) or error}"
     return None
+
+
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turn whatever goes wrong with a checkpoint's file into words; its manifest fits, so it was written like this."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{file} cannot be read ({first_line(error)[:200]}): delete {file.parent} to go on from the checkpoint "
+            "before it"
+        ) from None
 
 
 def sha256(file: Path) -> str:

@@ -17,6 +17,9 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Fields that may differ between two starts of one run: no number depends on them."""
 
+SECTIONS = {"reward": "reward", "instruct": "sft", "ppo": "ppo", "merge": "merge", "compare": "compare"}
+"""Stage → the section that holds its settings; it may differ as long as the stage is not finished."""
+
 TINY = "tiny"
 """Name of the two-layer random-weight Mistral that is built on the spot."""
 

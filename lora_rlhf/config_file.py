@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import os
 import reprlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from lora_rlhf.config import EMBEDDED, RunConfig
+from lora_rlhf.config import EMBEDDED, MAY_CHANGE, SECTIONS, RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.plain_yaml import BadYaml, plain_yaml
 
@@ -23,7 +24,8 @@ def config_from_mapping(values: dict[str, Any], where: str) -> RunConfig:
     Raises:
         UserError: an unknown field (the nearest known one is suggested), a value of the wrong type or out of range.
     """
-    return _checked(_build(RunConfig, values, where, ""), where)
+    config = _checked(_build(RunConfig, values, where, ""), where)
+    return dataclasses.replace(config, output_dir=os.path.expanduser(config.output_dir))  # as libraries would below us
 
 
 def config_from_file(path: str | Path) -> RunConfig:
@@ -88,6 +90,22 @@ def config_from_command_line(
 def config_to_mapping(config: RunConfig) -> dict[str, Any]:
     """Return the fully resolved config as nested plain values, ready for YAML."""
     return dataclasses.asdict(config)
+
+
+def lasting_fields(values: dict[str, Any], stages: Iterable[str]) -> dict[str, Any]:
+    """Return the fields of a config, as a mapping, that what these stages left depends on."""
+    left_out = {*MAY_CHANGE, *(section for stage, section in SECTIONS.items() if stage not in stages)}
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
+def check_checkpoint_config(held: dict[str, Any], config: RunConfig, stage: str, folder: Path) -> None:
+    """Raise `UserError` where the checkpoint in `folder` is of a run of the stage with another config."""
+    wanted = lasting_fields(config_to_mapping(config), [stage])
+    if fields := differing_fields(lasting_fields(held, [stage]), wanted):
+        raise UserError(
+            f"{folder} is of a run with another config: {', '.join(fields[:5])} differ. Delete {folder.parent} to "
+            "begin the stage anew, or go on with the config it was made with"
+        )
 
 
 def differing_fields(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:

@@ -7,17 +7,18 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_rlhf.base.shared import POLICY
-from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, write_checkpoint
+from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, readable, write_checkpoint
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.interruption import StoppedAfterSaving, interruption
-from lora_rlhf.ppo.checkpoint import METRICS, read_state, readable, restore_trainer, write_trainer
+from lora_rlhf.ppo.checkpoint import METRICS, read_state, restore_trainer, write_trainer
 from lora_rlhf.ppo.trainer import Metrics, PpoTrainer
 from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.step_samples import StepSamples, append_samples, drop_samples_from, step_samples_table
@@ -74,6 +75,10 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
     mode = "w" if resumed is None else "a"
     if run.writes:
         drop_samples_from(run.path, trainer.step_count + 1)
+    if run.writes and resumed is None:  # of steps that may have had other settings
+        shutil.rmtree(run / "policy_snapshots", ignore_errors=True)
+        for old in (run / "skipped").glob("step_*.json"):
+            old.unlink()
     with (
         contextlib.closing(tracker(config.report_to if run.writes else "none", run.path, config)) as tracked,
         interruption() as asked,

@@ -17,8 +17,8 @@ from typing import IO, Any
 import yaml
 
 from lora_rlhf.checkpoint_folders import check_space, sync
-from lora_rlhf.config import MAY_CHANGE, RunConfig
-from lora_rlhf.config_file import BadYaml, config_to_mapping, differing_fields, plain_yaml
+from lora_rlhf.config import RunConfig
+from lora_rlhf.config_file import BadYaml, config_to_mapping, differing_fields, lasting_fields, plain_yaml
 from lora_rlhf.errors import UserError
 
 LOCK = ".lock"
@@ -53,18 +53,17 @@ class RunDirectory:
         self.path, self.writes = Path(config.output_dir), writes
         if not writes:
             return
-        wanted = {k: v for k, v in config_to_mapping(config).items() if k not in MAY_CHANGE}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock(self / LOCK)
             if config.overwrite_output_dir:
                 self._clear()
             if (self / "config.yaml").is_file() and self._begun():
-                self._check_same_run(wanted)
+                if self._is_changed():
+                    self._write_config()
                 self._drop_checkpoints()  # a run that ended right before it would have
             else:
-                text = yaml.safe_dump(config_to_mapping(config) | {"overwrite_output_dir": False}, sort_keys=False)
-                write_text(self / "config.yaml", text)
+                self._write_config()
         except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"output_dir: {self.path} cannot be written: {reason}") from None
@@ -129,29 +128,35 @@ class RunDirectory:
             else:
                 (self / name).unlink(missing_ok=True)
 
-    def _check_same_run(self, wanted: dict[str, Any]) -> None:
+    def _write_config(self) -> None:
+        text = yaml.safe_dump(config_to_mapping(self.config) | {"overwrite_output_dir": False}, sort_keys=False)
+        write_text(self / "config.yaml", text)
+
+    def _is_changed(self) -> bool:
+        """Return whether settings of stages that are not finished differ; raise `UserError` where others do."""
         try:
             held = plain_yaml((self / "config.yaml").read_text(encoding="utf-8"))
         except (BadYaml, UnicodeDecodeError):
             held = None
         if not isinstance(held, dict):
             raise UserError(f"output_dir: {self / 'config.yaml'} is damaged; choose another --output_dir")
-        held = _filled({k: v for k, v in held.items() if k not in MAY_CHANGE}, config_to_mapping(RunConfig()))
-        if fields := differing_fields(held, wanted):
+        held, wanted = _filled(held, config_to_mapping(RunConfig())), config_to_mapping(self.config)
+        kept = list(filter(self.finished, STAGES))
+        if fields := differing_fields(lasting_fields(held, kept), lasting_fields(wanted, kept)):
             shown = ", ".join(fields[:5]) + (f" and {len(fields) - 5} more" if len(fields) > 5 else "")
             raise UserError(
                 f"output_dir: {self.path} holds another run: it differs in {shown}. "
                 f"Choose another --output_dir, start afresh with --overwrite_output_dir, or go on with "
-                f"--config {self / 'config.yaml'}"
+                f"--config {shlex.quote(str(self / 'config.yaml'))} --output_dir {shlex.quote(str(self.path))}"
             )
+        return bool(differing_fields(lasting_fields(held, STAGES), lasting_fields(wanted, STAGES)))
 
 
 def _filled(held: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return a config as it was written, with the defaults of fields that came later."""
-    found = {k: v for k, v in defaults.items() if k not in MAY_CHANGE} | held
     return {
         k: _filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
-        for k, v in found.items()
+        for k, v in (defaults | held).items()
     }
 
 

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import safe_globals
 
 from lora_rlhf.base.attention import use_grouped_attention
 from lora_rlhf.base.loading import device
 from lora_rlhf.base.role_layers import RoleLayers
-from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, write_manifest
+from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, readable, write_checkpoint
 from lora_rlhf.config import RunConfig, TrainerSettings
+from lora_rlhf.config_file import check_checkpoint_config, config_to_mapping, lasting_fields
 from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.interruption import Interruption, StoppedAfterSaving, interruption
 from lora_rlhf.run import write_text
 from lora_rlhf.terminal import note, progress
 
-ORDER = "order.safetensors"
+ORDER, CONFIG = "order.safetensors", "config.json"
 
 
 def trainer_arguments(config: RunConfig, settings: TrainerSettings, checkpoints: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def trainer_arguments(config: RunConfig, settings: TrainerSettings, checkpoints:
         "seed": config.seed,
         "save_strategy": "steps" if config.save_steps > 0 else "no",
         "save_steps": max(config.save_steps, 1),
-        "save_total_limit": max(config.save_total_limit, 2),  # it deletes the old one before the new one is proven
+        "save_total_limit": None,  # `_Saving` takes the old ones away, when the new one is proven
         "report_to": "none",
         "disable_tqdm": True,
         "train_sampling_strategy": "group_by_length",
@@ -101,12 +101,13 @@ def trl_run(trainer: Any, name: str, config: RunConfig, settings: TrainerSetting
     held = layers.working_copy() if layers.expands(wanted) else contextlib.nullcontext()
     found = newest_checkpoint(Path(trainer.args.output_dir), lambda text: note(f"  {text}"))
     if found is not None:
+        _check_readable(found[1], config, name)
         note(f"  going on after optimizer step {found[0]}, from {found[1]}")
     sampler = _OrderKept(trainer._get_train_sampler())
     if found is not None and (found[1] / ORDER).is_file():
         sampler.resumed = load_file(found[1] / ORDER)["random"]
     trainer._get_train_sampler = lambda *_: sampler
-    saving = _Saving(trainer, sampler)
+    saving = _Saving(trainer, sampler, config, name)
     trainer._save_checkpoint = saving
     with held, interruption() as asked, progress(f"{name}: optimizer steps", 0) as report:
         trainer.add_callback(_Bar(report, name))
@@ -114,7 +115,7 @@ def trl_run(trainer: Any, name: str, config: RunConfig, settings: TrainerSetting
         trainer.add_callback(_Guarding(trainer, name, config.seed, settings.max_skipped_steps))
         trainer.train(resume_from_checkpoint=None if found is None else str(found[1]))
         step = trainer.state.global_step
-        if asked.asked and step < trainer.state.max_steps:
+        if asked.asked:
             unsaved = "" if saving.saved_step == step else ", which could not be saved"
             raise StoppedAfterSaving(f"after {name} step {step}{unsaved}")
     trainer.model.eval()
@@ -147,34 +148,60 @@ class _OrderKept(Sampler[int]):
         return iter(order)
 
 
+def _check_readable(folder: Path, config: RunConfig, name: str) -> None:
+    """Raise `UserError` where a checkpoint is of another config, or a file cannot be read; the trainer reads them."""
+    with readable(folder / CONFIG):
+        held = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    check_checkpoint_config(held, config, name, folder)
+    for file in sorted(folder.iterdir()):
+        with readable(file), safe_globals():
+            if file.suffix in (".pt", ".pth"):
+                torch.load(file, map_location="cpu", weights_only=True)
+            elif file.suffix == ".safetensors":
+                load_file(file)
+            elif file.name == "trainer_state.json":
+                TrainerState.load_from_json(str(file))
+
+
 class _Saving:
-    """The trainer's `_save_checkpoint`, and what the checkpoint holds written down once it is whole.
+    """The trainer's `_save_checkpoint`, made whole or not at all.
 
     Where it cannot be written the run goes on, and the checkpoints before are as they were.
     """
 
-    def __init__(self, trainer: Any, sampler: _OrderKept) -> None:
-        self.trainer, self.sampler, self.saved_step = trainer, sampler, 0
-        self.plain = trainer._save_checkpoint
+    def __init__(self, trainer: Any, sampler: _OrderKept, config: RunConfig, name: str) -> None:
+        self.trainer, self.sampler, self.config, self.name = trainer, sampler, config, name
+        self.plain, self.saved_step = trainer._save_checkpoint, 0
 
     def __call__(self, model: Any, trial: Any) -> None:
-        state, parent = self.trainer.state, Path(self.trainer.args.output_dir)
-        folder = parent / f"checkpoint-{state.global_step}"
+        step, parent = self.trainer.state.global_step, Path(self.trainer.args.output_dir)
         numbers = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            check_space_of_checkpoint(parent, state.global_step, numbers)
-            self.plain(model, trial)
-            if state.epoch % 1 > 1e-6:  # in the middle of a pass, whose order has to be drawn again
-                save_file({"random": self.sampler.drawn_from}, folder / ORDER)
-            write_manifest(folder)
+            check_space_of_checkpoint(parent.parents[1], step, numbers)
+            write_checkpoint(parent, step, lambda half: self._write(half, model, trial), self.config.save_total_limit)
         except UserError as error:
-            note(f"  no checkpoint of step {state.global_step}: {error}; the run goes on")
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer raises a RuntimeError on a full disk
-            shutil.rmtree(folder, ignore_errors=True)
-            note(f"  no checkpoint: {folder} could not be written: {first_line(error)}; the run goes on")
+            note(f"  no checkpoint of step {step}: {error}; the run goes on")
         else:
-            self.saved_step = state.global_step
+            self.saved_step = step
+
+    def _write(self, half: Path, model: Any, trial: Any) -> None:
+        arguments, state = self.trainer.args, self.trainer.state
+        kept, arguments.output_dir = arguments.output_dir, str(half)
+        try:
+            self.plain(model, trial)
+        except RuntimeError as error:  # torch's own writer, on a full disk
+            raise OSError(first_line(error)) from None
+        finally:
+            arguments.output_dir = kept
+        inner = half / f"checkpoint-{state.global_step}"
+        for file in inner.iterdir():
+            file.rename(half / file.name)
+        inner.rmdir()
+        (half / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+        if state.epoch % 1 > 1e-6:  # in the middle of a pass, whose order has to be drawn again
+            save_file({"random": self.sampler.drawn_from}, half / ORDER)
+        held = lasting_fields(config_to_mapping(self.config), [self.name])
+        (half / CONFIG).write_text(json.dumps(held) + "\n", encoding="utf-8")
 
 
 class _SavingWhenDue(TrainerCallback):
@@ -183,6 +210,9 @@ class _SavingWhenDue(TrainerCallback):
     def __init__(self, asked: Interruption, minutes: float) -> None:
         self.asked, self.minutes = asked, minutes
         self.saved = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.save_steps = args.save_steps  # a checkpoint brings its own
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.asked.asked:

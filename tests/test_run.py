@@ -54,11 +54,12 @@ def test_a_run_goes_on_under_another_path_to_the_same_directory(
     assert RunDirectory(RunConfig(output_dir="run")).finished("base")
 
 
-def begun(config: RunConfig) -> RunDirectory:
+def begun(config: RunConfig, *stages: str) -> RunDirectory:
     """A run with a finished stage."""
     run = RunDirectory(config)
-    with run.stage("base"):
-        pass
+    for stage in stages or ("base",):
+        with run.stage(stage):
+            pass
     return run
 
 
@@ -69,7 +70,7 @@ def test_a_run_that_finished_nothing_may_be_corrected(config: Callable[..., RunC
 
 
 def test_another_runs_directory_is_refused_naming_the_field(config: Callable[..., RunConfig]) -> None:
-    run = begun(config())
+    run = begun(config(), "base", "ppo")
     before = (run / "config.yaml").read_bytes()
     other = config(seed=1)
     other.ppo.kl_coef = 0.5
@@ -81,8 +82,27 @@ def test_another_runs_directory_is_refused_naming_the_field(config: Callable[...
     assert (run / "config.yaml").read_bytes() == before
 
 
+def test_settings_of_a_stage_that_is_not_finished_may_change(config: Callable[..., RunConfig]) -> None:
+    """NaN in PPO asks for a smaller learning rate, not for another reward model."""
+    run = begun(config(), "base", "reward")
+    changed = config()
+    changed.ppo.learning_rate = 1e-6
+    RunDirectory(changed)
+    assert config_from_file(run / "config.yaml").ppo.learning_rate == 1e-6
+    changed.reward.learning_rate = 1e-6
+    with pytest.raises(UserError, match="differs in reward.learning_rate"):
+        RunDirectory(changed)
+
+
+def test_what_no_number_depends_on_may_change(config: Callable[..., RunConfig]) -> None:
+    run = begun(config(), "base", "reward")
+    before = (run / "config.yaml").read_bytes()
+    RunDirectory(config(save_steps=7, report_to="tensorboard"))
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_a_long_list_of_differences_is_cut_and_counted(config: Callable[..., RunConfig]) -> None:
-    begun(config())
+    begun(config(), "base", "ppo")
     other = config(seed=1, max_length=9, max_prompt_length=9, dtype="float32", backend="auto", load_in_4bit=False)
     other.ppo.kl_coef = 0.5
     with pytest.raises(UserError, match="and 2 more"):
@@ -90,7 +110,7 @@ def test_a_long_list_of_differences_is_cut_and_counted(config: Callable[..., Run
 
 
 def test_a_run_of_a_version_with_other_fields_is_refused_naming_them(config: Callable[..., RunConfig]) -> None:
-    run = begun(config())
+    run = begun(config(), "base", "ppo")
     mapping = config_to_mapping(config())
     mapping["ppo"]["old_field"] = 1
     write_text(run / "config.yaml", yaml.safe_dump(mapping))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pickle
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ from recipe_runs import TINY, assert_one_line_of_error
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lora_rlhf import trl_trainer
+from lora_rlhf import checkpoint_folders, trl_trainer
 
 Recipe = Callable[..., tuple[int, str]]
 STAGES = {"reward_lora.py": "reward_adapter", "sft_lora.py": "instruct_adapter"}
@@ -21,14 +25,14 @@ STEPS = ["--reward.max_steps", "10", "--sft.max_steps", "10"]  # of 4 in a pass
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("save_steps", "crash_at", "from_step"), [(3, 8, 6), (4, 6, 4)])
+@pytest.mark.parametrize(("save_steps", "crash_step", "from_step"), [(3, 8, 6), (4, 6, 4)])
 def test_training_goes_on_where_it_was(
     recipe: Recipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
     save_steps: int,
-    crash_at: int,
+    crash_step: int,
     from_step: int,
 ) -> None:
     weights = Path(STAGES[stage]) / "adapter_model.safetensors"
@@ -37,12 +41,7 @@ def test_training_goes_on_where_it_was(
 
     options = [*TINY, *STEPS, "--save_steps", str(save_steps), "--output_dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-
-        def crash(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == crash_at:
-                raise RuntimeError("the driver has failed")
-
-        patch.setattr(trl_trainer._Bar, "on_step_begin", crash, raising=False)
+        crash_at(patch, {crash_step: driver_fails})
         with pytest.raises(RuntimeError, match="driver"):
             recipe(stage, *options)
     assert not (tmp_path / "run" / weights).exists()
@@ -57,24 +56,135 @@ class Killed(BaseException):
     """What nothing catches, as if the process were gone."""
 
 
-def test_a_torn_checkpoint_is_passed_over(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed while it was being written: it has no manifest yet."""
+def crash_at(monkeypatch: pytest.MonkeyPatch, steps: dict[int, Callable[[], None]]) -> None:
+    """Let something happen at the beginning of steps, which are counted from 0."""
+
+    def begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        steps.get(state.global_step, lambda: None)()
+
+    monkeypatch.setattr(trl_trainer._Bar, "on_step_begin", begin, raising=False)
+
+
+def driver_fails() -> None:
+    raise RuntimeError("the driver has failed")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_half_written_checkpoint_is_passed_over(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Killed while the checkpoint of step 6 was being written."""
     options = [*TINY, *STEPS, "--save_steps", "3", "--output_dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
+        plain = checkpoint_folders.write_manifest
 
-        def torn(folder: Path) -> None:
-            if folder.name == "checkpoint-6":
+        def killed(folder: Path) -> None:
+            if folder.name == ".step_000006.part":
                 raise Killed
             plain(folder)
 
-        plain = trl_trainer.write_manifest
-        patch.setattr(trl_trainer, "write_manifest", torn)
+        patch.setattr(checkpoint_folders, "write_manifest", killed)
         with pytest.raises(Killed):
-            recipe("reward_lora.py", *options)
-    status, printed = recipe("reward_lora.py", *options)
+            recipe(stage, *options)
+    status, printed = recipe(stage, *options)
     assert status == 0, printed
-    assert "checkpoint-6 is damaged (it has no manifest.json: it was never finished)" in printed.replace("\n", " ")
     assert "going on after optimizer step 3" in printed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    options = [*TINY, *STEPS, "--save_steps", "3", "--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        crash_at(patch, {7: driver_fails})
+        with pytest.raises(RuntimeError, match="driver"):
+            recipe(stage, *options)
+    folder = tmp_path / "run" / "checkpoints" / STAGES[stage]
+    with (folder / "step_000006" / "optimizer.pt").open("ab") as file:
+        file.write(b"x")
+    status, printed = recipe(stage, *options)
+    assert status == 0, printed
+    assert "step_000006 is damaged (optimizer.pt has" in printed and "; step_000003 is used" in printed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_files_swapped_for_pickles_run_nothing(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Even with a manifest that fits."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "marker"),))
+
+    options = [*TINY, *STEPS, "--save_steps", "3", "--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        crash_at(patch, {4: driver_fails})
+        with pytest.raises(RuntimeError, match="driver"):
+            recipe(stage, *options)
+    folder = tmp_path / "run" / "checkpoints" / STAGES[stage] / "step_000003"
+    names = sorted(file.name for file in folder.iterdir())
+    assert "training_args.bin" not in names
+    read = [name for name in names if name.endswith((".pt", ".pth", ".safetensors")) or name == "trainer_state.json"]
+    assert len(read) == 6
+    for name in [*read, "config.json"]:
+        held = (folder / name).read_bytes()
+        (folder / name).write_bytes(pickle.dumps(Evil()))
+        checkpoint_folders.write_manifest(folder)
+        assert_one_line_of_error(*recipe(stage, *options), f"{name} cannot be read", "delete")
+        (folder / name).write_bytes(held)
+    assert not (tmp_path / "marker").exists()
+    checkpoint_folders.write_manifest(folder)
+    assert recipe(stage, *options)[0] == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_settings_of_a_stage_that_is_not_finished_may_change(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """But not from a checkpoint that was made with others."""
+    section = {"reward_lora.py": "reward", "sft_lora.py": "sft"}[stage]
+    options = [*TINY, *STEPS, "--save_steps", "3", "--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        crash_at(patch, {4: driver_fails})
+        with pytest.raises(RuntimeError, match="driver"):
+            recipe(stage, *options)
+    options += [f"--{section}.learning_rate", "1e-5", "--save_steps", "4"]
+    found = recipe(stage, *options)
+    assert_one_line_of_error(*found, f"another config: {section}.learning_rate differ", "Delete")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / STAGES[stage])
+    status, printed = recipe(stage, *options)
+    assert status == 0, printed
+    found = recipe(stage, *options, f"--{section}.learning_rate", "1e-4")
+    assert_one_line_of_error(*found, f"differs in {section}.learning_rate")  # now it is finished
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("first", "then", "expected"), [(2, 100, [2, 4, 10]), (100, 2, [5, 6, 8, 10])])
+def test_save_steps_may_change(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, first: int, then: int,
+    expected: list[int],
+) -> None:  # fmt: skip
+    saved = []
+    plain = trl_trainer.write_checkpoint
+
+    def remember(parent: Path, step: int, *rest: Any) -> Path:
+        saved.append(step)
+        return plain(parent, step, *rest)
+
+    monkeypatch.setattr(trl_trainer, "write_checkpoint", remember)
+    options = [*TINY, *STEPS, "--output_dir", str(tmp_path / "run"), "--save_steps"]
+    with monkeypatch.context() as patch:
+        if first == 100:
+            crash_at(patch, {4: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+            assert recipe(stage, *options, str(first))[0] == 130
+        else:
+            crash_at(patch, {5: driver_fails})
+            with pytest.raises(RuntimeError, match="driver"):
+                recipe(stage, *options, str(first))
+    assert recipe(stage, *options, str(then))[0] == 0
+    assert saved == expected
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -90,25 +200,19 @@ def test_a_save_that_fails_costs_that_checkpoint_alone(
         "optimizer.pt": ("torch.save", RuntimeError("[enforce fail at inline_container.cc:1] . unexpected pos")),
         "trainer_state": ("transformers.TrainerState.save_to_json", full),
         "order": ("lora_rlhf.trl_trainer.save_file", SafetensorError("I/O error: No space left on device")),
-        "manifest": ("lora_rlhf.trl_trainer.write_manifest", full),
+        "manifest": ("lora_rlhf.checkpoint_folders.write_manifest", full),
     }
     name, error = writers[broken]
-
-    def crash(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 5:
-            patch.setattr(name, fails)
-        if state.global_step == 7:
-            raise RuntimeError("the driver has failed")
 
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(trl_trainer._Bar, "on_step_begin", crash, raising=False)
+        crash_at(patch, {5: lambda: patch.setattr(name, fails), 7: driver_fails})
         with pytest.raises(RuntimeError, match="driver"):
             recipe(stage, *options)
-    kept = (tmp_path / "run" / "checkpoints" / STAGES[stage]).glob("checkpoint-*")
-    assert [folder.name for folder in kept] == ["checkpoint-3"]
+    kept = (tmp_path / "run" / "checkpoints" / STAGES[stage]).iterdir()
+    assert [folder.name for folder in kept] == ["step_000003"]
     status, printed = recipe(stage, *options)
     assert status == 0 and "going on after optimizer step 3, from" in printed, printed
 
@@ -119,12 +223,12 @@ def test_a_save_that_fails_is_said_and_the_run_goes_on(
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trl_trainer, "write_manifest", full)
+    monkeypatch.setattr(checkpoint_folders, "write_manifest", full)
     status, printed = recipe(
         "reward_lora.py", *TINY, *STEPS, "--save_steps", "5", "--output_dir", str(tmp_path / "run")
     )
     assert status == 0
-    assert "checkpoint-5 could not be written: [Errno 28] No space left on device; the run goes on" in printed
+    assert "step_000005 could not be written: No space left on device; the run goes on" in printed
     assert (tmp_path / "run" / "reward_adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -134,13 +238,14 @@ def test_a_checkpoint_is_due_by_the_clock_too(
 ) -> None:
     saved = []
 
-    def remember(folder: Path) -> None:
-        saved.append(folder.name)
+    def remember(parent: Path, step: int, *_: Any) -> Path:
+        saved.append(step)
+        return parent
 
-    monkeypatch.setattr(trl_trainer, "write_manifest", remember)
+    monkeypatch.setattr(trl_trainer, "write_checkpoint", remember)
     options = [*TINY, *STEPS, "--save_steps", "0", "--output_dir", str(tmp_path / "run"), "--save_minutes"]
     assert recipe(stage, *options, "1e-6")[0] == 0
-    assert saved[:9] == [f"checkpoint-{step}" for step in range(1, 10)]
+    assert saved[:9] == list(range(1, 10))
     saved.clear()
     assert recipe(stage, *options, "60", "--overwrite_output_dir")[0] == 0
     assert saved == []
@@ -188,7 +293,7 @@ def test_too_many_steps_with_nan_end_the_run_and_leave_finite_checkpoints(
         break_gradients(patch, {4, 5}, math.nan)
         found = recipe(stage, *options)
     assert_one_line_of_error(*found, "step 5: gradient is NaN or infinite", f"{section}.learning_rate", "skipped")
-    kept = tmp_path / "checkpoints" / STAGES[stage] / "checkpoint-4" / "adapter_model.safetensors"
+    kept = tmp_path / "checkpoints" / STAGES[stage] / "step_000004" / "adapter_model.safetensors"
     assert all(tensor.isfinite().all() for tensor in load_file(kept).values())
     status, printed = recipe(stage, *options)
     assert status == 0 and "going on after optimizer step 4" in printed, printed

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_rlhf.config import MAY_CHANGE, RunConfig
-from lora_rlhf.config_file import config_to_mapping, differing_fields
-from lora_rlhf.errors import UserError, first_line
+from lora_rlhf.checkpoint_folders import readable
+from lora_rlhf.config import RunConfig
+from lora_rlhf.config_file import check_checkpoint_config, config_to_mapping, lasting_fields
 from lora_rlhf.ppo.optimization import load_adam
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.reward.sources import ScoreScale
@@ -56,7 +55,7 @@ def write_trainer(trainer: PpoTrainer, config: RunConfig, metrics_file: Path, fo
         "optimizer_numbers": others,
         "python_random": random.getstate(),
         "numpy_random": _numpy_state(),
-        "config": _comparable(config),
+        "config": lasting_fields(config_to_mapping(config), ["ppo"]),
         "versions": package_versions(),
     }
     (folder / STATE).write_text(json.dumps(state, default=_no_json) + "\n", encoding="utf-8")
@@ -72,31 +71,13 @@ def read_state(folder: Path, config: RunConfig) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         held = dict(state["config"])
         scales_of(state)
-    if fields := differing_fields(held, _comparable(config)):
-        raise UserError(
-            f"{folder} is of a run with another config: {', '.join(fields[:5])} differ. Delete the checkpoint to begin "
-            "the stage anew, or go on with the config it was made with"
-        )
+    check_checkpoint_config(held, config, "ppo", folder)
     return state
 
 
 def scales_of(state: Mapping[str, Any]) -> dict[str, ScoreScale]:
     """Return the score scales of a checkpoint: a trainer that has them does not measure them again."""
     return {name: ScoreScale(**scale) for name, scale in state["scales"].items()}
-
-
-@contextlib.contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turn whatever goes wrong with a checkpoint's file into words; its manifest fits, so it was written like this."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{file} cannot be read ({first_line(error)[:200]}): delete {file.parent} to go on from the checkpoint "
-            "before it"
-        ) from None
 
 
 def restore_trainer(trainer: PpoTrainer, state: Mapping[str, Any], folder: Path) -> None:
@@ -177,11 +158,6 @@ def _joined(tensors: Mapping[str, torch.Tensor], others: Mapping[str, Any]) -> d
         number, _, field = name.partition(".")
         state.setdefault(int(number), {})[field] = value
     return state
-
-
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Return the config without what may change between two starts of one run."""
-    return {k: v for k, v in config_to_mapping(config).items() if k not in MAY_CHANGE}
 
 
 def _no_json(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import socket
 import threading
@@ -21,6 +20,8 @@ import pytest
 from gradio_client import Client
 from gradio_client.utils import QueueError
 from served_page import Served, eventually
+
+from lora_rlhf.memory_peak import return_freed_memory
 
 REQUESTS: list[dict[str, Any]] = [
     {"message": f"question {i}: how do I keep {plant} alive?", "seed": i, "max_tokens": 12, "temperature": 1.0}
@@ -107,7 +108,7 @@ def test_two_hundred_requests_twenty_at_a_time_lose_none_and_leave_memory_flat(s
             found = list(pool.map(lambda i: told(asked(clients[i], **REQUESTS[i])), numbers))
         assert found == [expected[i] for i in numbers]
         assert served.waits_until_idle()
-        gc.collect()
+        return_freed_memory()  # else what the system's allocator keeps for later is counted
         return process.memory_info().rss
 
     before, after = round_of_requests(), round_of_requests()
