@@ -297,6 +297,11 @@ def test_a_value_out_of_range_is_refused_by_name(dotted: str, value: Any) -> Non
     assert dotted in str(error.value)
 
 
+def test_an_output_dir_in_the_home_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert config_from_mapping({"output_dir": "~/runs/x"}, "some.yaml").output_dir == "/home/someone/runs/x"
+
+
 def test_a_missing_file_is_named_with_the_nearest_one(file: Any) -> None:
     near = file("seed: 1")
     with pytest.raises(UserError) as error:

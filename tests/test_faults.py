@@ -85,6 +85,24 @@ def test_a_crash_in_a_step_costs_that_step_alone(
     assert_same(policy(trained), expected)
 
 
+def test_a_crash_after_the_last_step_costs_none(
+    recipe: Recipe, trained: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where no checkpoint was asked for."""
+    steps = [*STEPS, "--save_steps", "0", "--save_minutes", "0"]
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_rlhf.stages.write_curves", full)
+        found = recipe("ppo_lora.py", *TINY, *steps, "--output_dir", str(trained))
+    assert_one_line_of_error(*found, "No space left on device", "make room")
+    status, printed = recipe("ppo_lora.py", *TINY, *steps, "--output_dir", str(trained))
+    assert status == 0 and "going on after step 4" in printed
+    assert_same(policy(trained), expected)
+
+
 def test_memory_that_runs_out_in_a_step_changes_no_number(
     recipe: Recipe, trained: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

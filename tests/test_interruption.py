@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from recipe_runs import ROOT, TINY, in_stage, outcome
+from recipe_runs import IN_STAGES, ROOT, TINY, in_stage, outcome
 
 from lora_rlhf.errors import UserError
 from lora_rlhf.interruption import interruption
@@ -97,6 +97,26 @@ def test_sigterm_in_each_stage(
         assert list(run_summary(run).get("seconds", {})) == list(STAGES[: STAGES.index(stage)])
         if stage in ("reward", "instruct", "ppo"):
             assert re.search(rf"stopped after {stage} step [1-3]\.", printed, re.IGNORECASE)
+    status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(run))
+    assert status == 0, printed
+    assert outcome(run) == outcome(run_folder)
+
+
+@pytest.mark.parametrize("stage", ["reward", "instruct", "ppo"])
+def test_sigterm_in_the_last_step_of_a_stage_ends_the_run_too(
+    recipe: Callable[..., tuple[int, str]],
+    run_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    """What is left of the stage, and those after it, are for the next start."""
+    monkeypatch.setitem(IN_STAGES, stage, (IN_STAGES[stage][0], 3 if stage == "ppo" else 4))
+    run = tmp_path / "run"
+    with in_stage(monkeypatch, stage, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(run))
+    assert status == 130 and re.search(rf"stopped after {stage} step [34]\.", printed, re.IGNORECASE), printed
+    assert stage not in run_summary(run)["seconds"]
     status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(run))
     assert status == 0, printed
     assert outcome(run) == outcome(run_folder)

@@ -23,7 +23,7 @@ def test_the_slurm_script_hands_on_every_word(tmp_path: Path) -> None:
     """With stand-ins for Slurm's commands, what accelerate is given."""
     for name, body in {
         "scontrol": "echo node1; echo node2",
-        "srun": 'SLURM_NODEID=1 exec "$@"',
+        "srun": 'shift; SLURM_NODEID=1 exec "$@"',  # its option
         "accelerate": 'printf "%s\\n" "$@"',
     }.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")

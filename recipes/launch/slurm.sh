@@ -16,6 +16,6 @@ set -euo pipefail
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540  # seconds that the launcher waits for the step to be saved
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would end the pipe early, which pipefail minds
 # the rank of a machine is known only where the task runs
-srun bash -c 'exec accelerate launch --config_file recipes/launch/two_nodes.yaml \
+srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file recipes/launch/two_nodes.yaml \
   --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * 2))" --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$0" recipes/direct_rlhf_lora.py "$@"' "$first" "$@"

@@ -13,6 +13,7 @@ from trainer_cases import MakeTrainer
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.ppo.processes import Processes
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward, FunctionReward, RewardSource, ScoreScale
 
@@ -28,7 +29,7 @@ def make_trainer(
 
     def make(
         function: Callable[..., Any] | None = None, seed: int = 0, scales: dict[str, ScoreScale] | None = None,
-        weight: float = 1.0, model: str | None = None, **ppo: Any,
+        weight: float = 1.0, model: str | None = None, processes: Processes | None = None, **ppo: Any,
     ) -> PpoTrainer:  # fmt: skip
         config = make_config(ppo={"normalization_samples": 8, "learning_rate": 1e-3} | ppo)
         config = replace(config, model_name_or_path=model or config.model_name_or_path)
@@ -39,6 +40,7 @@ def make_trainer(
         source: RewardSource = AdapterReward(base, weight=weight, batch=3)
         if function:
             source = FunctionReward(function, "function", weight)
-        return PpoTrainer(base, tokenizer, PAIRS, CombinedReward([source], dict(scales or {})), config.ppo, seed)
+        reward = CombinedReward([source], dict(scales or {}))
+        return PpoTrainer(base, tokenizer, PAIRS, reward, config.ppo, seed, processes)
 
     return make

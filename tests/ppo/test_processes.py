@@ -11,13 +11,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from recipe_runs import ROOT, TINY
 from safetensors.torch import load_file
+from trainer_cases import MakeTrainer
 
-from lora_rlhf.ppo.processes import Processes
+from lora_rlhf.errors import UserError
+from lora_rlhf.ppo.processes import Processes, words_for_the_lost
+from lora_rlhf.reward.sources import ScoreScale
+from lora_rlhf.terminal import console, run_recipe
 
 ADAPTERS = ("reward_adapter", "instruct_adapter", "policy_adapter", "value_adapter")
 PPO = [
@@ -30,8 +35,10 @@ PPO = [
 ]  # minibatches of 3 answers
 
 
-def launched(folder: Path, launcher: list[str], *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *launcher, "recipes/direct_rlhf_lora.py", *TINY, *PPO, "--output_dir", str(folder)]
+def launched(
+    folder: Path, launcher: list[str], *options: str, recipe: str = "direct_rlhf_lora.py"
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *launcher, f"recipes/{recipe}", *TINY, *PPO, "--output_dir", str(folder)]
     log = (folder.parent / f"{folder.name}.log").open("ab")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -159,6 +166,94 @@ def test_a_process_that_dies_takes_the_others_along_and_leaves_a_checkpoint(tmp_
         assert again.poll() is None and time.monotonic() < end, log_of(folder)
         time.sleep(0.05)
     kill(again)
+
+
+@pytest.mark.slow
+def test_a_node_that_ends_before_ppo_ends_the_other(tmp_path: Path) -> None:
+    port = free_port()
+    node = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--machine_rank"]
+    nodes = [
+        launched(tmp_path / "run", accelerate("two_nodes", port, *node, str(rank)), "--dataset_name", "no/such data")
+        for rank in range(2)
+    ]
+    assert all(run.wait(timeout=90) != 0 for run in nodes)
+    assert "no/such data" in log_of(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_stage_alone_is_shared_whatever_else_the_run_has_done(tmp_path: Path) -> None:
+    """`ppo_lora.py` on a reward adapter, without SFT; and once more when all is done."""
+    folder = tmp_path / "run"
+    reward = launched(folder, [], recipe="reward_lora.py")
+    assert reward.wait(timeout=120) == 0, log_of(folder)
+    for _ in range(2):
+        ppo = launched(folder, accelerate("two_gpus", free_port()), recipe="ppo_lora.py")
+        assert ppo.wait(timeout=120) == 0, log_of(folder)
+    assert "done before: 3 steps" in log_of(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_overwrite_a_finished_run(one: Path, tmp_path: Path) -> None:
+    """The second one must not take the old summary for the new one's."""
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(one), str(folder)], check=True)
+    run = started(folder, 2, "--ppo.total_steps", "5", "--overwrite_output_dir")
+    assert run.wait(timeout=300) == 0, log_of(folder)
+    assert_equal_to(one, folder)
+
+
+class OtherProcess(Processes):
+    """One that is not the main one, which has sent it these scales."""
+
+    def __init__(self, scales: dict[str, ScoreScale]) -> None:
+        super().__init__()
+        self.rank, self.scales = 1, scales
+
+    def from_main(self, value: Any) -> Any:
+        return self.scales
+
+
+def test_score_scales_are_the_main_processs(make_trainer: MakeTrainer) -> None:
+    """A reward need not say the same twice: it is not asked again."""
+    asked = []
+
+    def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        asked.extend(completions)
+        return [1.0] * len(completions)
+
+    scales = {"function": ScoreScale(3.0, 0.5)}
+    trainer = make_trainer(reward, processes=OtherProcess(scales))
+    assert trainer.reward.scales == scales and asked == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:6", "recvValue failed: Broken pipe",
+        "Timed out waiting 600000ms for recv operation to complete", "NCCL communicator was aborted on rank 1",
+    ],
+)  # fmt: skip
+def test_another_process_that_is_gone_is_said(text: str) -> None:
+    with pytest.raises(UserError, match="another process of this run has ended or hangs"), words_for_the_lost():
+        raise RuntimeError(text)
+    with pytest.raises(UserError, match="has ended"), words_for_the_lost():
+        raise torch.distributed.DistStoreError("wait timeout after 600000ms, keys: /0")
+    with pytest.raises(RuntimeError, match="shape"), words_for_the_lost():
+        raise RuntimeError("shape mismatch")
+
+
+def test_a_process_that_prints_nothing_prints_its_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise UserError("something is wrong here")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(console, "quiet", True)
+    with pytest.raises(SystemExit) as stop:
+        run_recipe(fails)
+    assert stop.value.code == 2
+    assert "process 1: error: something is wrong here" in capsys.readouterr().out
 
 
 def test_rows_are_split_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
