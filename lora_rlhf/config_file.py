@@ -250,6 +250,8 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
         raise UserError(f"{where}: seed is from 0 to 2^32 - 1, not {config.seed}")
     if config.ppo.normalization_samples < 2:
         raise UserError(f"{where}: ppo.normalization_samples is at least 2: a deviation needs two answers")
+    if not config.output_dir.strip():
+        raise UserError(f"{where}: output_dir is empty; name a folder")
     if not config.dataset_name:
         raise UserError(f"{where}: dataset_name is empty; name at least one data set")
     if config.dataset_weights and len(config.dataset_weights) != len(config.dataset_name):

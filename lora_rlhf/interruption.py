@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from lora_rlhf.terminal import note
+from lora_rlhf.terminal import interrupt, note
 
 ONE_REQUEST = 3.0
 """Seconds in which another SIGTERM is the same request: services and launchers tell a process each by themselves."""
@@ -40,6 +40,7 @@ class StoppedAfterSaving(KeyboardInterrupt):
 @contextlib.contextmanager
 def interruption() -> Iterator[Interruption]:
     """Take Ctrl-C and SIGTERM inside the block; the block looks at `asked` where it can stop."""
+    interrupt.mind()
     found = Interruption()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield found

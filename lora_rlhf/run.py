@@ -20,6 +20,7 @@ from lora_rlhf.checkpoint_folders import check_space, sync
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import BadYaml, config_to_mapping, differing_fields, lasting_fields, plain_yaml
 from lora_rlhf.errors import UserError
+from lora_rlhf.terminal import interrupt
 
 LOCK = ".lock"
 SPACE_OF_A_STAGE = 64 * 2**20
@@ -28,8 +29,15 @@ _LOCKS: dict[Path, IO[str]] = {}
 STAGES = ("base", "reward", "instruct", "ppo", "merge", "compare")
 CHECKPOINTS = {"reward": "reward_adapter", "instruct": "instruct_adapter", "ppo": "ppo"}
 """Stage → folder of its checkpoints in `checkpoints/`."""
+RESULTS = {
+    "reward": "reward_adapter/adapter_model.safetensors",
+    "instruct": "instruct_adapter/adapter_model.safetensors",
+    "ppo": "policy_adapter/adapter_model.safetensors",
+    "merge": "merged/config.json",
+}
+"""Stage → a file without which it is not finished."""
 CONTENTS = (
-    "config.yaml", "summary.json", "metrics.jsonl", "curves.png", "score_scales.json", "samples.json",
+    "config.yaml", "pairs.json", "summary.json", "metrics.jsonl", "curves.png", "score_scales.json", "samples.json",
     "reward_adapter", "instruct_adapter", "policy_adapter", "policy_snapshots", "value_adapter", "merged", "evaluation",
     "hub", "checkpoints", "skipped", "step_samples.jsonl", "tracking",
 )  # fmt: skip
@@ -58,7 +66,8 @@ class RunDirectory:
             lock(self / LOCK)
             if config.overwrite_output_dir:
                 self._clear()
-            if (self / "config.yaml").is_file() and self._begun():
+                interrupt.again = "The same command without overwrite_output_dir goes on from there."
+            if self._begun():
                 if self._is_changed():
                     self._write_config()
                 self._drop_checkpoints()  # a run that ended right before it would have
@@ -77,8 +86,8 @@ class RunDirectory:
         return run_summary(self.path)
 
     def finished(self, stage: str) -> bool:
-        """Return whether `stage` needs no more work."""
-        return stage in self.summary.get("seconds", {})
+        """Return whether `stage` needs no more work: it was finished, and what it left is there."""
+        return stage in self.summary.get("seconds", {}) and (self / RESULTS.get(stage, "summary.json")).is_file()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -136,6 +145,11 @@ class RunDirectory:
         """Return whether settings of stages that are not finished differ; raise `UserError` where others do."""
         try:
             held = plain_yaml((self / "config.yaml").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"output_dir: {self.path} holds results and no config.yaml, which says of what run; put it back, or "
+                "choose another --output_dir"
+            ) from None
         except (BadYaml, UnicodeDecodeError):
             held = None
         if not isinstance(held, dict):

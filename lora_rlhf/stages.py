@@ -8,6 +8,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, Sh
 from lora_rlhf.checkpoint_folders import check_space
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
-from lora_rlhf.data.preferences import PreferencePair, preference_pairs
+from lora_rlhf.data.preferences import PreferencePair, digest_of_pairs, preference_pairs
 from lora_rlhf.data.rows import Split
 from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
@@ -30,6 +31,7 @@ from lora_rlhf.memory_peak import ran_out, reset_peak_memory, return_freed_memor
 from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
 from lora_rlhf.ppo.checkpoint import scales_of
 from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.optimization import check_optim
 from lora_rlhf.ppo.processes import Processes
 from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
@@ -37,7 +39,11 @@ from lora_rlhf.ppo_steps import checkpoint_to_resume, taken_steps, without_skipp
 from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward, source_entries
 from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
-from lora_rlhf.terminal import arms_table, console, heading, note, progress, samples_table
+from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, progress, samples_table
+from lora_rlhf.tracking import check_tracker
+
+PAIRS = "pairs.json"
+"""Digests of the preference pairs with which a run began."""
 
 
 @dataclass
@@ -62,11 +68,18 @@ class Session:
         chosen_backend(config)
         bad_word_pattern(config.compare.bad_words_file)
         source_entries(config)
+        check_optim(config.ppo.optim)
         if config.model_name_or_path == EMBEDDED and not embedded_model_is_cached():
             note("the embedded model (SmolLM2-135M, 93 MB) is downloaded and converted, once; a minute or so")
         processes = Processes()
         console.quiet = not processes.is_main
         tokenizer = load_tokenizer(config)
+        if instruct := config.instruct_model_name_or_path:
+            if (Path(instruct) / "adapter_config.json").is_file():
+                raise UserError(f"instruct_model_name_or_path: {instruct} is an adapter; a whole model is wanted")
+            load_tokenizer(config, instruct)
+        if processes.is_main:
+            check_tracker(config.report_to)
         processes.meet()
         return cls(config, RunDirectory(config, writes=processes.is_main), tokenizer, processes)
 
@@ -75,7 +88,20 @@ class Session:
         if split not in self._pairs:
             self._pairs[split], report = preference_pairs(self.config, self.tokenizer, split)
             note(f"  {split} pairs: {report}")
+            if self.run.writes and self._begun_with(split) not in (None, digest_of_pairs(self._pairs[split])):
+                raise UserError(
+                    f"dataset_name: the {split} pairs are not those that the run in {self.run.path} began with: has a "
+                    "file changed? Put it back, or choose another --output_dir"
+                )
         return self._pairs[split]
+
+    def _begun_with(self, split: Split) -> str | None:
+        if not self.run.finished("base"):
+            return None
+        try:
+            return str(json.loads((self.run / PAIRS).read_text(encoding="utf-8"))[split])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):  # nothing to compare with
+            return None
 
     def shared_base(self) -> SharedBase:
         """Return the shared base, loading it if it is not in memory."""
@@ -94,9 +120,11 @@ class Session:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Do a stage, as `RunDirectory.stage`; memory that runs out is put into words."""
+        interrupt.mind()
         try:
             with self.run.stage(name) as results:
                 yield results
+            interrupt.mind()
         except Exception as error:
             if not ran_out(error):
                 raise
@@ -111,6 +139,7 @@ class Session:
         """Let the base go, for a stage that loads its own."""
         self.base = None
         return_freed_memory()
+        interrupt.mind()
 
 
 def base_stage(session: Session) -> None:
@@ -123,8 +152,9 @@ def base_stage(session: Session) -> None:
         return
     with session.stage("base"):
         session.check_memory()
-        for split in ("train", "test"):
-            session.pairs(split)
+        splits: tuple[Split, ...] = ("train", "test")
+        digests = {split: digest_of_pairs(session.pairs(split)) for split in splits}
+        write_text(session.run / PAIRS, json.dumps(digests) + "\n")
         model = session.shared_base().causal_lm
         size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         bits = "NF4, double quantisation" if session.config.load_in_4bit else session.config.dtype
@@ -141,7 +171,7 @@ def reward_stage(session: Session) -> None:
         note("  ppo.reward_sources names other rewards: no adapter is trained")
         return
     if run.finished("reward"):
-        note(f"  done before: accuracy {run.summary['reward_model']['accuracy']:.3f}")
+        note(f"  done before: accuracy {_reported(run, 'reward_model', 'accuracy'):.3f}")
         return
     with session.stage("reward") as results:
         session.check_memory()
@@ -155,6 +185,13 @@ def reward_stage(session: Session) -> None:
         results["reward_model"] = reward_accuracy(base, session.tokenizer, test, config.ppo.scoring_batch_size)
         session.free_base()
     note(f"  accuracy on {results['reward_model']['n']} held-out pairs: {results['reward_model']['accuracy']:.3f}")
+
+
+def _reported(run: RunDirectory, stage: str, name: str) -> Any:
+    try:
+        return run.summary[stage][name]
+    except (KeyError, TypeError):
+        raise UserError(f"{run / 'summary.json'} is damaged; delete it to run the stages again") from None
 
 
 def _uses_own_reward(config: RunConfig) -> bool:
@@ -187,7 +224,7 @@ def ppo_stage(session: Session) -> None:
     config, run = session.config, session.run
     if run.writes and run.finished("ppo"):
         session.processes.tell("ppo", "done")
-        note(f"  done before: {run.summary['ppo']['steps']} steps")
+        note(f"  done before: {_reported(run, 'ppo', 'steps')} steps")
         return
     if run.writes and _uses_own_reward(config):
         run.needed("reward_adapter/adapter_model.safetensors", "reward")
@@ -258,6 +295,7 @@ def merge_stage(session: Session) -> None:
                 write_merged(model, session.tokenizer, sampling, run / "merged")
             del model, weights
             gc.collect()
+            interrupt.mind()
         results["merge"] = {"target": config.merge.target, "drift": drift}
     note("  mean drift of log-probs (nats per token): " + ", ".join(f"{t} {d:.4f}" for t, d in drift.items()))
 

@@ -24,10 +24,37 @@ from lora_rlhf.errors import UserError
 console = Console(highlight=False)
 
 
-def run_recipe(
-    main: Callable[[], None],
-    again: str = "The same command goes on from there: finished stages and saved steps are not repeated.",
-) -> None:
+AGAIN = "The same command goes on from there: finished stages and saved steps are not repeated."
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM outside of training: the recipe ends.
+
+    Python drops an exception that is raised in a destructor, as when a model is freed; `mind` raises it once more.
+
+    Attributes:
+        asked: whether a signal has come.
+        again: how the run goes on; what is interrupted says it.
+    """
+
+    asked = False
+    again = AGAIN
+
+    def __call__(self, *_: Any) -> None:
+        """Take a signal."""
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def mind(self) -> None:
+        """Raise `KeyboardInterrupt` where a signal has come and the recipe still runs."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+interrupt = Interrupt()
+
+
+def run_recipe(main: Callable[[], None], again: str = AGAIN) -> None:
     """Call `main`; errors meant for people are printed as such (status 2), Ctrl-C ends with status 130.
 
     Args:
@@ -37,8 +64,14 @@ def run_recipe(
     for name in ("transformers", "datasets", "bitsandbytes", "torch", "trl", "accelerate", "peft", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a model's answer, or a line, may be more than a terminal can show
+    interrupt.asked, interrupt.again = False, again
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # the system's way to say Ctrl-C
+        signal.signal(signal.SIGTERM, interrupt)  # the system's way to say Ctrl-C
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for jobs in the background of a script
+            signal.signal(signal.SIGINT, interrupt)
     try:
         main()
     except UserError as error:
@@ -48,14 +81,16 @@ def run_recipe(
         if not _is_of_the_disk(error):
             raise
         what = getattr(error, "filename", None) or "a file"
-        _print_error(f"error: {what} could not be written ({error}): make room or choose another place. {again}")
+        _print_error(
+            f"error: {what} could not be written ({error}): make room or choose another place. {interrupt.again}"
+        )
         sys.exit(2)
     except KeyboardInterrupt as stopped:
-        if any(word.startswith("--overwrite_output_dir") for word in sys.argv):
-            again = "The same command without --overwrite_output_dir goes on from there."
         where = f" {stopped}" if str(stopped) else ""
-        console.print(f"\nstopped{where}. {again}")
+        console.print(f"\nstopped{where}. {interrupt.again}")
         sys.exit(130)
+    finally:
+        interrupt.asked = False
 
 
 def _print_error(text: str) -> None:

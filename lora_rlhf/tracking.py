@@ -44,15 +44,20 @@ def tracker(report_to: str, run: Path, config: RunConfig) -> Tracker:
     Raises:
         UserError: another name, a package that is not installed, or no login at wandb.
     """
+    check_tracker(report_to)
+    return Tracker(report_to, run, config)
+
+
+def check_tracker(report_to: str) -> None:
+    """Raise `UserError` for another name, a package that is not installed, or no login at wandb."""
     if report_to == "none":
-        return Tracker("none", run, config)
+        return
     if report_to not in PACKAGES:
         raise UserError(f"report_to is one of none, {', '.join(PACKAGES)}, not {report_to!r}")
     if not any(importlib.util.find_spec(package) for package in PACKAGES[report_to]):
         raise UserError(f"report_to: {report_to} is not installed: pip install {report_to}, or set it to none")
     if report_to == "wandb":
         _check_login()
-    return Tracker(report_to, run, config)
 
 
 class Tracker:

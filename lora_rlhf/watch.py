@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -290,8 +289,6 @@ def main() -> None:
         raise UserError(f"--steps is 0 or more, not {given.steps}")
     if not 0 < given.every < math.inf:
         raise UserError(f"--every is above 0, not {given.every:g}")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a model's answer may be more than the terminal can show
     try:
         if given.once:
             _print(run_view(read_run(given.run), 10 if given.steps is None else given.steps, given.samples))
@@ -300,7 +297,7 @@ def main() -> None:
         else:
             _follow_in_lines(given.run, given.every, 10 if given.steps is None else given.steps, given.samples)
     except KeyboardInterrupt:
-        note("no longer watching; the run goes on")
+        note("no longer watching; the run is as it was")
     except OSError as error:
         raise UserError(f"{error.filename or given.run} cannot be read: {error.strerror}") from None
 

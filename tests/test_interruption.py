@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from recipe_runs import IN_STAGES, ROOT, TINY, in_stage, outcome
 
+import lora_rlhf.stages
 from lora_rlhf.errors import UserError
 from lora_rlhf.interruption import interruption
 from lora_rlhf.run import LOCK, STAGES, lock, run_summary
@@ -120,6 +121,43 @@ def test_sigterm_in_the_last_step_of_a_stage_ends_the_run_too(
     status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(run))
     assert status == 0, printed
     assert outcome(run) == outcome(run_folder)
+
+
+class Signals:
+    """Sends SIGTERM when it is freed, where Python drops whatever is raised."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("stage", ["reward", "ppo", "merge"])
+def test_a_signal_while_a_model_is_freed_ends_the_run(
+    recipe: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Python drops what is raised in a destructor, and the run would go on to its end."""
+    plain, begun = lora_rlhf.stages.return_freed_memory, []
+
+    def frees() -> None:
+        if stage in begun:
+            Signals()
+        plain()
+
+    monkeypatch.setattr(lora_rlhf.stages, "heading", lambda name, _: begun.append(name))
+    monkeypatch.setattr(lora_rlhf.stages, "return_freed_memory", frees)
+    status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(tmp_path / "run"))
+    assert status == 130 and begun[-1] == stage, printed
+    assert stage not in run_summary(tmp_path / "run")["seconds"]
+
+
+def test_a_config_that_overwrites_is_told_to_leave_that_out(
+    recipe: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / TINY[1]).read_text() + "overwrite_output_dir: true\n")
+    with in_stage(monkeypatch, "base", lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        found = recipe("direct_rlhf_lora.py", "--config", str(config), "--output_dir", str(tmp_path / "run"))
+    assert found[0] == 130 and "The same command without overwrite_output_dir goes on" in found[1].replace("\n", " ")
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_a_run_prints_nothing_but_its_own_text(whole_run: tuple[Path, subprocess
 def test_a_run_leaves_its_artefacts_and_nothing_else(run_folder: Path) -> None:
     left = {path.name for path in run_folder.iterdir()} - {LOCK}
     documented = {"config.yaml", "summary.json", "metrics.jsonl", "curves.png", "score_scales.json", "samples.json"}
-    assert left == documented | {"merged", "policy_snapshots", *ADAPTERS}
+    assert left == documented | {"pairs.json", "merged", "policy_snapshots", *ADAPTERS}
     # three steps are too few for the four policies that are kept by default: those of two steps are
     assert sorted(path.name for path in (run_folder / "policy_snapshots").iterdir()) == ["step_000001", "step_000002"]
     assert config_from_file(run_folder / "config.yaml").output_dir == str(run_folder)

@@ -15,7 +15,7 @@ import yaml
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_command_line, config_from_file, config_to_mapping
 from lora_rlhf.errors import UserError
-from lora_rlhf.run import CONTENTS, LOCK, STAGES, RunDirectory, write_text
+from lora_rlhf.run import CONTENTS, LOCK, RESULTS, STAGES, RunDirectory, write_text
 
 
 @pytest.fixture
@@ -37,7 +37,10 @@ def test_a_new_run_writes_its_resolved_config(config: Callable[..., RunConfig]) 
 
 
 def test_the_same_config_goes_on(config: Callable[..., RunConfig]) -> None:
-    with RunDirectory(config()).stage("reward") as results:
+    run = RunDirectory(config())
+    with run.stage("reward") as results:
+        (run / "reward_adapter").mkdir()
+        (run / "reward_adapter" / "adapter_model.safetensors").touch()
         results["reward_model"] = {"accuracy": 0.75}
     again = RunDirectory(config())
     assert again.finished("reward")
@@ -59,7 +62,9 @@ def begun(config: RunConfig, *stages: str) -> RunDirectory:
     run = RunDirectory(config)
     for stage in stages or ("base",):
         with run.stage(stage):
-            pass
+            if stage in RESULTS:
+                (run / RESULTS[stage]).parent.mkdir()
+                (run / RESULTS[stage]).touch()
     return run
 
 
@@ -99,6 +104,21 @@ def test_what_no_number_depends_on_may_change(config: Callable[..., RunConfig]) 
     before = (run / "config.yaml").read_bytes()
     RunDirectory(config(save_steps=7, report_to="tensorboard"))
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_stage_whose_result_is_gone_is_not_finished(config: Callable[..., RunConfig]) -> None:
+    run = begun(config(), "base", "reward", "merge")
+    assert run.finished("reward") and run.finished("merge")
+    (run / RESULTS["reward"]).unlink()
+    assert run.finished("base") and run.finished("merge") and not run.finished("reward")
+
+
+def test_results_without_a_config_are_nobodys(config: Callable[..., RunConfig]) -> None:
+    run = begun(config(), "base", "reward")
+    (run / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds results and no config.yaml"):
+        RunDirectory(config(seed=7))
+    assert not (run / "config.yaml").exists()
 
 
 def test_a_long_list_of_differences_is_cut_and_counted(config: Callable[..., RunConfig]) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data import preferences
+from lora_rlhf.errors import UserError
 from lora_rlhf.stages import Session, base_stage, reward_stage
+from lora_rlhf.tracking import PACKAGES
 
 
 def test_each_split_of_a_data_set_is_read_once(
@@ -29,3 +34,45 @@ def test_each_split_of_a_data_set_is_read_once(
     base_stage(session)
     reward_stage(session)
     assert len(read) == len({str(args) for args in read}) == 2  # train and test
+
+
+def test_data_that_changed_since_the_run_began_are_refused(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """The stages would be of different data, and nothing would say so."""
+    rows = [{"prompt": f"what is {i}?", "chosen": f"it is {i} indeed", "rejected": "no"} for i in range(40)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = make_config(dataset_name=[str(file)])
+    base_stage(Session.open(config))
+    assert Session.open(config).pairs("train") and Session.open(config).pairs("test")
+    rows[7]["chosen"] = "another answer"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    session = Session.open(config)
+    with pytest.raises(UserError, match="pairs are not those that the run in .* began with"):
+        session.pairs("train"), session.pairs("test")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"report_to": "wandb"}, "report_to: wandb is not installed"),
+        ({"ppo": {"optim": "paged_adam_8bit"}}, "ppo.optim: paged_adam_8bit needs CUDA"),
+        ({"ppo": {"reward_sources": [{"kind": "adapter", "path": "/nowhere/at/all"}]}}, "no folder /nowhere/at/all"),
+        ({"instruct_model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"instruct_model_name_or_path": "an adapter"}, "is an adapter; a whole model is wanted"),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_said_before_any_work(
+    make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any],
+    words: str,
+) -> None:  # fmt: skip
+    if change.get("instruct_model_name_or_path") == "an adapter":
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").touch()
+        change = {"instruct_model_name_or_path": str(tmp_path / "adapter")}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(PACKAGES, "wandb", ("no_such_package",))
+    with pytest.raises(UserError) as error:
+        Session.open(make_config(**change))
+    assert words in str(error.value)

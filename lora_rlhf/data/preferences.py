@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections import Counter
@@ -16,6 +17,8 @@ from lora_rlhf.data.rows import Split, dataset_rows
 from lora_rlhf.errors import UserError
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_FIRST_TURN = re.compile(r"\s*(?=(?:Human|Assistant):)")
+_LIKE_A_TURN = re.compile(r"\s*(?:human|assistant)\s*:", re.IGNORECASE)
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -137,6 +140,14 @@ def preference_pairs(config: RunConfig, tokenizer: Any, split: Split) -> tuple[l
     return pairs, report
 
 
+def digest_of_pairs(pairs: Sequence[PreferencePair]) -> str:
+    """Return a SHA-256, in hex, of what the pairs say, in their order."""
+    found = hashlib.sha256()
+    for pair in pairs:
+        found.update(repr((pair.prompt, pair.chosen, pair.rejected)).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
 def _usable(
     rows: Sequence[dict[str, Any]], name: str, config: RunConfig, tokenizer: Any, report: PairReport
 ) -> list[PreferencePair]:
@@ -179,8 +190,11 @@ def _mixed(parts: list[list[PreferencePair]], weights: list[float]) -> list[Pref
 def _turns(value: Any, default_role: str = "text") -> list[tuple[str, str]]:
     """Return (role, content) turns of a text or of messages; plain text is one turn of `default_role`."""
     if isinstance(value, str):
+        value = _FIRST_TURN.sub("\n\n", value.replace("\r\n", "\n"), count=1) if _LIKE_A_TURN.match(value) else value
         spans = list(_TURN.finditer(value))
         if not spans or value[: spans[0].start()].strip():
+            if _LIKE_A_TURN.match(value):  # else the markers would be learnt as what people say
+                raise UnusableRow("turns are not marked by \\n\\nHuman: and \\n\\nAssistant:")
             return [(default_role, value)]
         ends = [span.start() for span in spans[1:]] + [len(value)]
         return [(_ROLES[s[1]], value[s.end() : end].strip()) for s, end in zip(spans, ends, strict=True)]

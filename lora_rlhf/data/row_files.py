@@ -134,7 +134,7 @@ def _list_rows(path: Path, content: bytes, bad_rows: BadRows) -> Iterator[dict[s
 def _parsed(text: bytes) -> Any:
     """Return the JSON value in a line or a file, without a byte-order mark. Raises `BadRow`."""
     try:
-        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unambiguous)
+        value = json.loads(text.decode("utf-8-sig").rstrip("\r\n"), object_pairs_hook=_unambiguous)
         if b"\\ud" in text.lower():
             check_characters(value if isinstance(value, dict) else {"row": value})
         return value

@@ -11,13 +11,18 @@ from lora_rlhf.errors import UserError
 
 def adam(groups: list[dict[str, Any]], optim: str) -> torch.optim.Optimizer:
     """16. Return Adam with ε 1e-5, its moments in float32 or, paged, in 8 bits."""
+    check_optim(optim)
     if optim == "adam":
         return torch.optim.Adam(groups, eps=1e-5, fused=True)
-    if not torch.cuda.is_available():
-        raise UserError("ppo.optim: paged_adam_8bit needs CUDA; set ppo.optim: adam")
     import bitsandbytes
 
     return bitsandbytes.optim.PagedAdam8bit(groups, eps=1e-5)
+
+
+def check_optim(optim: str) -> None:
+    """Raise `UserError` for an optimizer that this machine cannot run."""
+    if optim != "adam" and not torch.cuda.is_available():
+        raise UserError("ppo.optim: paged_adam_8bit needs CUDA; set ppo.optim: adam")
 
 
 def load_adam(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

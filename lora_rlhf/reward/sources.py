@@ -197,6 +197,8 @@ def source_entries(config: RunConfig) -> list[SourceEntry]:
             raise UserError(f"{where}: weight is a number, not {given['weight']!r}") from None
         if name in (entry.name for entry in entries):
             raise UserError(f"{where}: a source named {name} is there already; give it another name")
+        if kind == "adapter" and str(path or "").startswith(("/", ".", "~")) and not Path(str(path)).is_dir():
+            raise UserError(f"{where}: path: no folder {path}")
         if kind == "function":
             _function(str(path), where)
         entries.append(SourceEntry(kind, None if path is None else str(path), name, weight, where))

@@ -289,3 +289,35 @@ def test_nothing_usable_in_one_of_several_data_sets_stops_the_run_with_the_reaso
     assert f"no usable pair in {bad} " in str(error.value)
     assert "1 chosen equals rejected" in str(error.value)
     assert "1 empty answer" in str(error.value)
+
+
+# Markers that are not quite HH's
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(str.lstrip, id="no blank line before the first"),
+        pytest.param(lambda text: text.replace("\n", "\r\n"), id="Windows line ends"),
+        pytest.param(lambda text: "\n" + text.lstrip(), id="one line before the first"),
+        pytest.param(lambda text: "  " + text, id="spaces before the first"),
+    ],
+)
+def test_turns_are_found_where_only_the_white_space_differs(change: Callable[[str], str]) -> None:
+    source = {"chosen": hh("What is 2 + 2?", "It is four."), "rejected": hh("What is 2 + 2?", "It is five.")}
+    assert pair_from_row({name: change(text) for name, text in source.items()}) == SINGLE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(str.lower, id="small letters"),
+        pytest.param(lambda text: text.replace("Human:", "Human :"), id="a space before the colon"),
+        pytest.param(lambda text: text.replace("\n\n", "\n"), id="single line ends"),
+    ],
+)
+def test_turns_that_are_marked_otherwise_are_no_prompt(change: Callable[[str], str]) -> None:
+    """They would be learnt as what people say."""
+    source = {"chosen": hh("What is 2 + 2?", "It is four."), "rejected": hh("What is 2 + 2?", "It is five.")}
+    with pytest.raises(UnusableRow, match="marked|last turn"):
+        pair_from_row({name: change(text) for name, text in source.items()})
