@@ -126,7 +126,13 @@ def test_memory_that_runs_out_in_a_step_changes_no_number(
         torch.testing.assert_close(policy(trained)[name], tensor, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["GPU", "main"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), id="GPU"),
+        pytest.param(MemoryError(), id="main", marks=pytest.mark.slow),
+    ],
+)
 def test_memory_that_runs_out_in_other_stages_is_said(
     recipe: Recipe, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -103,7 +103,7 @@ def test_sigterm_in_each_stage(
     assert outcome(run) == outcome(run_folder)
 
 
-@pytest.mark.parametrize("stage", ["reward", "instruct", "ppo"])
+@pytest.mark.parametrize("stage", [pytest.param("reward", marks=pytest.mark.slow), "instruct", "ppo"])
 def test_sigterm_in_the_last_step_of_a_stage_ends_the_run_too(
     recipe: Callable[..., tuple[int, str]],
     run_folder: Path,
@@ -131,7 +131,7 @@ class Signals:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("stage", ["reward", "ppo", "merge"])
+@pytest.mark.parametrize("stage", [pytest.param("reward", marks=pytest.mark.slow), "ppo", "merge"])
 def test_a_signal_while_a_model_is_freed_ends_the_run(
     recipe: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

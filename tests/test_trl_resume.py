@@ -21,6 +21,8 @@ from lora_rlhf import checkpoint_folders, trl_trainer
 
 Recipe = Callable[..., tuple[int, str]]
 STAGES = {"reward_lora.py": "reward_adapter", "sft_lora.py": "instruct_adapter"}
+EITHER = [pytest.param("reward_lora.py", marks=pytest.mark.slow), "sft_lora.py"]
+"""The two share what is tested with these: every day with the faster one."""
 STEPS = ["--reward.max_steps", "10", "--sft.max_steps", "10"]  # of 4 in a pass
 
 
@@ -69,7 +71,7 @@ def driver_fails() -> None:
     raise RuntimeError("the driver has failed")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EITHER)
 def test_a_half_written_checkpoint_is_passed_over(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -91,7 +93,7 @@ def test_a_half_written_checkpoint_is_passed_over(
     assert "going on after optimizer step 3" in printed
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EITHER)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -108,7 +110,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "step_000006 is damaged (optimizer.pt has" in printed and "; step_000003 is used" in printed
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EITHER)
 def test_files_swapped_for_pickles_run_nothing(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -139,7 +141,7 @@ def test_files_swapped_for_pickles_run_nothing(
     assert recipe(stage, *options)[0] == 0
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EITHER)
 def test_settings_of_a_stage_that_is_not_finished_may_change(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -160,7 +162,7 @@ def test_settings_of_a_stage_that_is_not_finished_may_change(
     assert_one_line_of_error(*found, f"differs in {section}.learning_rate")  # now it is finished
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EITHER)
 @pytest.mark.parametrize(("first", "then", "expected"), [(2, 100, [2, 4, 10]), (100, 2, [5, 6, 8, 10])])
 def test_save_steps_may_change(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, first: int, then: int,
@@ -187,7 +189,7 @@ def test_save_steps_may_change(
     assert saved == expected
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EITHER)
 @pytest.mark.parametrize("broken", ["adapter_model", "optimizer.pt", "trainer_state", "order", "manifest"])
 def test_a_save_that_fails_costs_that_checkpoint_alone(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, broken: str
@@ -232,7 +234,7 @@ def test_a_save_that_fails_is_said_and_the_run_goes_on(
     assert (tmp_path / "run" / "reward_adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EITHER)
 def test_a_checkpoint_is_due_by_the_clock_too(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -283,7 +285,7 @@ def test_a_step_with_nan_is_left_out_and_written_down(
     assert all(isinstance(token, int) for row in ids for token in row)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EITHER)
 def test_too_many_steps_with_nan_end_the_run_and_leave_finite_checkpoints(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
