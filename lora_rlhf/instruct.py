@@ -38,7 +38,7 @@ def train_instruct_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pr
         processing_class=tokenizer,
         peft_config=lora_config(config.lora),
     )
-    trl_run(trainer, "instruct", config, config.sft)
+    trl_run(trainer, "instruct", config)
     state = get_peft_model_state_dict(trainer.model)
     write_adapter(folder, trainer.model.peft_config["default"], state, None, identity)
 

@@ -34,7 +34,10 @@ class Interruption:
 
 
 class StoppedAfterSaving(KeyboardInterrupt):
-    """The run ends because it was asked to, with everything saved; the text says how far it came."""
+    """The run ends because it was asked to; the text says how far it came."""
+
+    def __init__(self, stage: str, step: int, saved: bool) -> None:
+        super().__init__(f"after {stage} step {step}" + ("" if saved else ", which could not be saved"))
 
 
 @contextlib.contextmanager

@@ -52,5 +52,5 @@ def trim_heap() -> None:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out; torch has a class for that of a GPU alone."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Return whether an error of torch says that memory ran out; it has a class for that of a GPU alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

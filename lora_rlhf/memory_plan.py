@@ -15,7 +15,7 @@ import torch
 
 from lora_rlhf.base.loading import explained, resolved_model
 from lora_rlhf.base.token_logprobs import rows_per_chunk
-from lora_rlhf.config import RunConfig, TrainerSettings
+from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, an 8-bit scale for 64 of them, and a float32 one for 256 scales (double quantisation)."""
@@ -338,7 +338,7 @@ def _smaller_batch(config: RunConfig, stage: str, least: int) -> list[Change]:
     """Return about half the batch of a stage; gradient accumulation makes up for it where the result needs it."""
     s = config.ppo
     if stage in ("reward", "instruct"):
-        section = "sft" if stage == "instruct" else "reward"
+        section = SECTIONS[stage]
         settings = getattr(config, section)
         size = settings.per_device_train_batch_size
         together = size * settings.gradient_accumulation_steps

@@ -115,9 +115,7 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
                 saved = time.monotonic()
             if stop:
                 trainer.processes.wait()  # for the save: a launcher ends all where one has ended
-                raise StoppedAfterSaving(
-                    f"after PPO step {trainer.step_count}" + ("" if written else ", which could not be saved")
-                )
+                raise StoppedAfterSaving("PPO", trainer.step_count, written)
     return metrics
 
 

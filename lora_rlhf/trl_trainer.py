@@ -19,7 +19,7 @@ from lora_rlhf.base.attention import use_grouped_attention
 from lora_rlhf.base.loading import device
 from lora_rlhf.base.role_layers import RoleLayers
 from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, readable, write_checkpoint
-from lora_rlhf.config import RunConfig, TrainerSettings
+from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
 from lora_rlhf.config_file import check_checkpoint_config, config_to_mapping, lasting_fields
 from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.interruption import Interruption, StoppedAfterSaving, interruption
@@ -73,7 +73,7 @@ def on_one_device(arguments: Any) -> Any:
     return arguments
 
 
-def trl_run(trainer: Any, name: str, config: RunConfig, settings: TrainerSettings) -> None:
+def trl_run(trainer: Any, name: str, config: RunConfig) -> None:
     """Train with a progress bar, in lean layers, after undoing TRL's cast of QLoRA adapters to bfloat16.
 
     At the learning rates of LoRA, Adam's updates are lost in bfloat16's 8 bits of mantissa.
@@ -82,7 +82,6 @@ def trl_run(trainer: Any, name: str, config: RunConfig, settings: TrainerSetting
         trainer: TRL's.
         name: of the stage.
         config: of the run.
-        settings: of the stage.
 
     Raises:
         StoppedAfterSaving: Ctrl-C or SIGTERM; a checkpoint of the last step is written.
@@ -112,12 +111,11 @@ def trl_run(trainer: Any, name: str, config: RunConfig, settings: TrainerSetting
     with held, interruption() as asked, progress(f"{name}: optimizer steps", 0) as report:
         trainer.add_callback(_Bar(report, name))
         trainer.add_callback(_SavingWhenDue(asked, config.save_minutes))
-        trainer.add_callback(_Guarding(trainer, name, config.seed, settings.max_skipped_steps))
+        trainer.add_callback(_Guarding(trainer, name, config))
         trainer.train(resume_from_checkpoint=None if found is None else str(found[1]))
         step = trainer.state.global_step
         if asked.asked:
-            unsaved = "" if saving.saved_step == step else ", which could not be saved"
-            raise StoppedAfterSaving(f"after {name} step {step}{unsaved}")
+            raise StoppedAfterSaving(name, step, saving.saved_step == step)
     trainer.model.eval()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -227,8 +225,10 @@ class _SavingWhenDue(TrainerCallback):
 class _Guarding(TrainerCallback):
     """Leaves out a step whose gradient is NaN or infinite, and writes down what is needed to take it again."""
 
-    def __init__(self, trainer: Any, name: str, seed: int, most: int | None) -> None:
-        self.trainer, self.name, self.seed, self.most = trainer, name, seed, most
+    def __init__(self, trainer: Any, name: str, config: RunConfig) -> None:
+        self.trainer, self.name, self.seed = trainer, name, config.seed
+        self.section = SECTIONS[name]
+        self.most: int | None = getattr(config, self.section).max_skipped_steps
         self.skipped = 0
         self.batches: list[dict[str, Any]] = []
         self.plain = trainer.training_step
@@ -257,10 +257,9 @@ class _Guarding(TrainerCallback):
         write_text(folder / f"{self.name}_{step:06d}.json", json.dumps(record) + "\n")
         note(f"  step {step} is skipped: {reason}")
         if self.most is not None and self.skipped > self.most:
-            section = "sft" if self.name == "instruct" else self.name
             raise UserError(
                 f"{self.name} step {step}: {reason}, and so it was in the {self.skipped - 1} steps before: a smaller "
-                f"{section}.learning_rate or dtype: float32 may help. The batches are in {folder}"
+                f"{self.section}.learning_rate or dtype: float32 may help. The batches are in {folder}"
             )
 
 

@@ -42,10 +42,7 @@ def test_training_goes_on_where_it_was(
     assert status == 0, printed
 
     options = [*TINY, *STEPS, "--save_steps", str(save_steps), "--output_dir", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        crash_at(patch, {crash_step: driver_fails})
-        with pytest.raises(RuntimeError, match="driver"):
-            recipe(stage, *options)
+    crash(recipe, monkeypatch, crash_step, stage, *options)
     assert not (tmp_path / "run" / weights).exists()
     status, printed = recipe(stage, *options)
     assert status == 0, printed
@@ -69,6 +66,14 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, steps: dict[int, Callable[[], None
 
 def driver_fails() -> None:
     raise RuntimeError("the driver has failed")
+
+
+def crash(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int, stage: str, *options: str) -> None:
+    """Let a run end by a failing driver at the beginning of a step."""
+    with monkeypatch.context() as patch:
+        crash_at(patch, {step: driver_fails})
+        with pytest.raises(RuntimeError, match="driver"):
+            recipe(stage, *options)
 
 
 @pytest.mark.parametrize("stage", EITHER)
@@ -98,10 +103,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     options = [*TINY, *STEPS, "--save_steps", "3", "--output_dir", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        crash_at(patch, {7: driver_fails})
-        with pytest.raises(RuntimeError, match="driver"):
-            recipe(stage, *options)
+    crash(recipe, monkeypatch, 7, stage, *options)
     folder = tmp_path / "run" / "checkpoints" / STAGES[stage]
     with (folder / "step_000006" / "optimizer.pt").open("ab") as file:
         file.write(b"x")
@@ -121,10 +123,7 @@ def test_files_swapped_for_pickles_run_nothing(
             return (os.mkdir, (str(tmp_path / "marker"),))
 
     options = [*TINY, *STEPS, "--save_steps", "3", "--output_dir", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        crash_at(patch, {4: driver_fails})
-        with pytest.raises(RuntimeError, match="driver"):
-            recipe(stage, *options)
+    crash(recipe, monkeypatch, 4, stage, *options)
     folder = tmp_path / "run" / "checkpoints" / STAGES[stage] / "step_000003"
     names = sorted(file.name for file in folder.iterdir())
     assert "training_args.bin" not in names
@@ -146,12 +145,9 @@ def test_settings_of_a_stage_that_is_not_finished_may_change(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """But not from a checkpoint that was made with others."""
-    section = {"reward_lora.py": "reward", "sft_lora.py": "sft"}[stage]
+    section = stage.removesuffix("_lora.py")
     options = [*TINY, *STEPS, "--save_steps", "3", "--output_dir", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        crash_at(patch, {4: driver_fails})
-        with pytest.raises(RuntimeError, match="driver"):
-            recipe(stage, *options)
+    crash(recipe, monkeypatch, 4, stage, *options)
     options += [f"--{section}.learning_rate", "1e-5", "--save_steps", "4"]
     found = recipe(stage, *options)
     assert_one_line_of_error(*found, f"another config: {section}.learning_rate differ", "Delete")
@@ -182,9 +178,7 @@ def test_save_steps_may_change(
             crash_at(patch, {4: lambda: os.kill(os.getpid(), signal.SIGTERM)})
             assert recipe(stage, *options, str(first))[0] == 130
         else:
-            crash_at(patch, {5: driver_fails})
-            with pytest.raises(RuntimeError, match="driver"):
-                recipe(stage, *options, str(first))
+            crash(recipe, monkeypatch, 5, stage, *options, str(first))
     assert recipe(stage, *options, str(then))[0] == 0
     assert saved == expected
 
@@ -289,7 +283,7 @@ def test_a_step_with_nan_is_left_out_and_written_down(
 def test_too_many_steps_with_nan_end_the_run_and_leave_finite_checkpoints(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    section = {"reward_lora.py": "reward", "sft_lora.py": "sft"}[stage]
+    section = stage.removesuffix("_lora.py")
     options = [*TINY, *STEPS, "--output_dir", str(tmp_path), f"--{section}.max_skipped_steps", "1"]
     with monkeypatch.context() as patch:
         break_gradients(patch, {4, 5}, math.nan)

@@ -190,10 +190,11 @@ def _mixed(parts: list[list[PreferencePair]], weights: list[float]) -> list[Pref
 def _turns(value: Any, default_role: str = "text") -> list[tuple[str, str]]:
     """Return (role, content) turns of a text or of messages; plain text is one turn of `default_role`."""
     if isinstance(value, str):
-        value = _FIRST_TURN.sub("\n\n", value.replace("\r\n", "\n"), count=1) if _LIKE_A_TURN.match(value) else value
+        if marked := _LIKE_A_TURN.match(value):
+            value = _FIRST_TURN.sub("\n\n", value.replace("\r\n", "\n"), count=1)
         spans = list(_TURN.finditer(value))
         if not spans or value[: spans[0].start()].strip():
-            if _LIKE_A_TURN.match(value):  # else the markers would be learnt as what people say
+            if marked:  # else the markers would be learnt as what people say
                 raise UnusableRow("turns are not marked by \\n\\nHuman: and \\n\\nAssistant:")
             return [(default_role, value)]
         ends = [span.start() for span in spans[1:]] + [len(value)]

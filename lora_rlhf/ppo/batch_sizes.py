@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
-
-import torch
 
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.errors import UserError
-from lora_rlhf.memory_peak import return_freed_memory
+from lora_rlhf.memory_peak import ran_out, return_freed_memory
 from lora_rlhf.terminal import note
 
 Result = TypeVar("Result")
@@ -44,8 +41,11 @@ class BatchSizes:
         """
         while True:
             size = self.sizes[name]
-            with contextlib.suppress(torch.OutOfMemoryError, CpuOutOfMemory), _cpu_errors_named():
+            try:
                 return work(size)
+            except Exception as error:
+                if not ran_out(error):
+                    raise
             # out here no traceback holds what was computed
             if self.relief():
                 note("  out of memory: from here on without the 16-bit working copy, which is slower")
@@ -58,17 +58,3 @@ class BatchSizes:
                 self.sizes[name] = size // 2
                 note(f"  out of memory: from here on ppo.{name} is {size // 2}; the step is the same")
             return_freed_memory()
-
-
-class CpuOutOfMemory(Exception):
-    """Main memory ran out; torch has no class of its own for that."""
-
-
-@contextlib.contextmanager
-def _cpu_errors_named() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise CpuOutOfMemory from None

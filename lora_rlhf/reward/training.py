@@ -50,7 +50,7 @@ def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pref
         processing_class=tokenizer,
         peft_config=lora_config(config.lora, "SEQ_CLS"),
     )
-    trl_run(trainer, "reward", config, config.reward)
+    trl_run(trainer, "reward", config)
     state = get_peft_model_state_dict(trainer.model)
     head = state.pop(HEAD_KEY)
     write_adapter(folder, trainer.model.peft_config["default"], state, head, identity)

@@ -54,6 +54,13 @@ def accelerate(name: str, port: int, *options: str) -> list[str]:
     return ["-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", str(port), *options]
 
 
+def two_nodes(folder: Path, *options: str) -> list[subprocess.Popen[bytes]]:
+    """Start both on this machine, by the launch file for two, with a process each."""
+    port = free_port()
+    node = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--machine_rank"]
+    return [launched(folder, accelerate("two_nodes", port, *node, str(rank)), *options) for rank in range(2)]
+
+
 def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -125,13 +132,7 @@ def test_two_processes_give_the_adapters_of_one(one: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_nodes_give_the_adapters_of_one(one: Path, tmp_path: Path) -> None:
-    """Both on this machine, by the launch file for two, with a process each."""
-    port = free_port()
-    node = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--machine_rank"]
-    nodes = [
-        launched(tmp_path / "run", accelerate("two_nodes", port, *node, str(rank)), "--ppo.total_steps", "5")
-        for rank in range(2)
-    ]
+    nodes = two_nodes(tmp_path / "run", "--ppo.total_steps", "5")
     assert [run.wait(timeout=300) for run in nodes] == [0, 0], log_of(tmp_path / "run")
     assert_equal_to(one, tmp_path / "run")
 
@@ -170,12 +171,7 @@ def test_a_process_that_dies_takes_the_others_along_and_leaves_a_checkpoint(tmp_
 
 @pytest.mark.slow
 def test_a_node_that_ends_before_ppo_ends_the_other(tmp_path: Path) -> None:
-    port = free_port()
-    node = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--machine_rank"]
-    nodes = [
-        launched(tmp_path / "run", accelerate("two_nodes", port, *node, str(rank)), "--dataset_name", "no/such data")
-        for rank in range(2)
-    ]
+    nodes = two_nodes(tmp_path / "run", "--dataset_name", "no/such data")
     assert all(run.wait(timeout=90) != 0 for run in nodes)
     assert "no/such data" in log_of(tmp_path / "run")
 
