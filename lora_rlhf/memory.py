@@ -1,17 +1,22 @@
-"""Will it fit? The predicted peak memory of every stage of a run, before anything is loaded.
+"""Will it fit, and how long will it take? The predicted peak memory of every stage, before anything is loaded.
 
     python -m lora_rlhf.memory --config recipes/configs/mistral_7b_24gb.yaml --gpu-gib 24
     python -m lora_rlhf.memory --config recipes/configs/mistral_7b_24gb.yaml --gpu-gib 16 --ppo.micro_batch_size 2
+    python -m lora_rlhf.memory --config recipes/configs/mistral_7b_24gb.yaml --card rtx4090
 
-Without --gpu-gib: this machine, its first card or its main memory. Any field of the config can be given, as recipes
-take them. Where a stage does not fit, the settings to change are named, the cheapest first. Status 1: it does not fit.
+Without --gpu-gib or --card: this machine, its first card or its main memory. Any field of the config can be given, as
+recipes take them. Where a stage does not fit, the settings to change are named, the cheapest first. Status 1: it does
+not fit. With --card the hours of every stage follow, counted operation by operation and not measured (half a minute),
+and the cards that the run fits on. The models and data sets of the shipped configs need no network for this.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
@@ -21,7 +26,8 @@ from lora_rlhf.base.loading import device
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.errors import UserError
-from lora_rlhf.memory_plan import CONTEXT_BYTES, StagePlan, fitting_changes, model_shape, peaks
+from lora_rlhf.memory_plan import CONTEXT_BYTES, StagePlan, expands, fitting_changes, model_shape, peaks
+from lora_rlhf.roofline.cards import CARDS, Card, card_named
 from lora_rlhf.terminal import console, note, run_recipe
 
 GIB = 2**30
@@ -98,21 +104,63 @@ def main() -> None:
         prog="python -m lora_rlhf.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpu-gib", type=float, help="size of the card; without it, this machine is asked")
+    parser.add_argument("--card", help=f"a card by name, for its memory and hours: {', '.join(CARDS)}")
+    parser.add_argument("--pairs", type=int, help="training pairs, where --card cannot know how many the data has")
+    parser.add_argument("--json", action="store_true", help="end with a line of JSON: bytes and seconds of each stage")
     given, rest = parser.parse_known_args()
-    if given.gpu_gib is not None and not given.gpu_gib > 0:
-        raise UserError(f"--gpu-gib is above 0, not {given.gpu_gib}")
+    for name in ("gpu_gib", "pairs"):
+        if getattr(given, name) is not None and not getattr(given, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} is above 0, not {getattr(given, name)}")
     if not any(word.split("=")[0] in ("--config", "--model_name_or_path") for word in rest):
         raise UserError("--config FILE is needed, or --model_name_or_path NAME: which run is it about?")
-    config = with_checkpointing_decided(config_from_command_line(__doc__, rest), given.gpu_gib)
-    usable, on_cuda = usable_bytes(given.gpu_gib)
+    card = card_named(given.card) if given.card else None
+    size = card.memory_gib if card and given.gpu_gib is None else given.gpu_gib
+    config = with_checkpointing_decided(config_from_command_line(__doc__, rest), size)
+    usable, on_cuda = usable_bytes(size)
     plans = peaks(config, model_shape(config), on_cuda, usable)
     console.print(memory_table(plans, usable))
-    if wrong := advice(config, plans, usable, on_cuda):
-        note(wrong)
-        sys.exit(1)
+    wrong = advice(config, plans, usable, on_cuda)
     spare = usable - max(plan.total for plan in plans)
     checkpointing = ", PPO with gradient checkpointing" if config.ppo.gradient_checkpointing else ""
-    note(f"fits, with {spare / GIB:.1f} GiB to spare{checkpointing}")
+    note(wrong or f"fits, with {spare / GIB:.1f} GiB to spare{checkpointing}")
+    figures: dict[str, Any] = {
+        "usable_bytes": usable,
+        "fits": not wrong,
+        "peak_bytes": {p.name: p.total for p in plans},
+    }
+    if card:
+        figures["cards_that_fit"] = fitting = cards_that_fit(config)
+        note(f"fits on {', '.join(CARDS[name].name for name in fitting) or 'none of the cards that are known'}")
+        figures["hours"] = said_hours(config, card, given.pairs, expands(config, model_shape(config), on_cuda, usable))
+    if given.json:
+        print(json.dumps(figures))
+    if wrong:
+        sys.exit(1)
+
+
+def cards_that_fit(config: RunConfig) -> list[str]:
+    """Return the names of the cards on which every stage of the run fits as it is."""
+    shape = model_shape(config)
+    fitting = []
+    for name, card in CARDS.items():
+        usable, on_cuda = usable_bytes(card.memory_gib)
+        if max(plan.total for plan in peaks(config, shape, on_cuda, usable)) <= usable:
+            fitting.append(name)
+    return fitting
+
+
+def said_hours(config: RunConfig, card: Card, pairs: int | None, expand_weights: bool) -> dict[str, Any]:
+    """Print how long each stage of a run takes on a card; return it as plain values."""
+    from lora_rlhf.roofline.hours import REALISTIC_SHARE, hours_table, stage_times, times_as_json, with_copy_decided
+
+    times = stage_times(with_copy_decided(config, expand_weights), card, pairs)
+    console.print(hours_table(times, card))
+    note(
+        "at best: the card's memory and arithmetic are never idle, and all texts are as long as the config allows. "
+        f"Realistic: {REALISTIC_SHARE:.0%} of that speed, an assumption until a card has been measured. Merging is not "
+        "counted"
+    )
+    return times_as_json(times)
 
 
 if __name__ == "__main__":

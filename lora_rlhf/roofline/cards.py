@@ -1,0 +1,53 @@
+"""Graphics cards by name: memory, bandwidth and arithmetic as their makers state them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card's data sheet says of it.
+
+    Attributes:
+        name: as people call it.
+        memory_gib: size of its memory.
+        bandwidth: bytes per second between its memory and its multiprocessors.
+        matmul: floating-point operations per second of dense 16-bit matrix products with float32 sums.
+        multiprocessors: their number, on which bitsandbytes' choice of kernel depends.
+        capability: CUDA compute capability (major, minor); bfloat16 arithmetic begins with (8, 0).
+    """
+
+    name: str
+    memory_gib: float
+    bandwidth: float
+    matmul: float
+    multiprocessors: int
+    capability: tuple[int, int]
+
+
+CARDS = {
+    "rtx3090": Card("RTX 3090", 24, 936e9, 71e12, 82, (8, 6)),
+    "rtx4090": Card("RTX 4090", 24, 1008e9, 165.2e12, 128, (8, 9)),
+    "rtx5090": Card("RTX 5090", 32, 1792e9, 209.5e12, 170, (12, 0)),
+    "a10g": Card("A10G", 24, 600e9, 70e12, 80, (8, 6)),
+    "l4": Card("L4", 24, 300e9, 121e12, 58, (8, 9)),
+    "t4": Card("T4", 16, 320e9, 65e12, 40, (7, 5)),
+    "a100": Card("A100 80 GB SXM", 80, 2039e9, 312e12, 108, (8, 0)),
+    "h100": Card("H100 SXM", 80, 3350e9, 989e12, 132, (9, 0)),
+}
+"""NVIDIA's data sheets and architecture white papers; rates are without sparsity. The T4 has no bfloat16 arithmetic."""
+
+
+def card_named(name: str) -> Card:
+    """Return the card of a name, case and punctuation aside.
+
+    Raises:
+        UserError: the name is not known; the known ones are listed.
+    """
+    plain = "".join(letter for letter in name.lower() if letter.isalnum())
+    if plain not in CARDS:
+        raise UserError(f"--card {name}: known cards are {', '.join(CARDS)}")
+    return CARDS[plain]
