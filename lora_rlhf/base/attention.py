@@ -1,4 +1,8 @@
-"""Attention for CPUs: grouped queries against their shared keys, as plain matrix products."""
+"""Attention of grouped queries against their shared keys as plain matrix products: on CPUs, and for decoding on cards.
+
+Torch's fused attention repeats keys and values for grouped queries where there is a mask. For one new token per row
+that is most of what is read: the whole cache of keys and values is copied several times over.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 PLAIN_MODELS = ("llama", "mistral", "qwen2")
 """Model types with plain attention, whose trunk is embeddings, layers and norm with nothing in between."""
@@ -47,13 +52,39 @@ def grouped_attention(
     return mixed.view(batch, heads, queries, -1).transpose(1, 2), None
 
 
-def use_grouped_attention(model: Any) -> None:
-    """Let `model` use `grouped_attention` where it is on the CPU and would use torch's fused one.
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return grouped attention on a CPU, and on a card for one query per row under a mask; else torch's fused one."""
+    decoding = query.shape[2] == 1 and attention_mask is not None
+    if decoding or query.device.type == "cpu":
+        return grouped_attention(module, query, key, value, attention_mask, scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
 
-    On CPUs the fused one repeats keys and values for grouped queries where there is a mask, and its backward is slow.
-    """
+
+def attention_mask(*, q_length: int, device: torch.device | str, dtype: torch.dtype, **rest: Any) -> Any:
+    """Return the mask that `attention` wants: added to the scores where it is grouped, else of booleans, or None."""
+    if torch.device(device).type == "cpu":
+        return eager_mask(q_length=q_length, device=device, dtype=dtype, **rest)
+    mask = sdpa_mask(q_length=q_length, device=device, **rest)
+    return mask if mask is None or q_length > 1 else added_to_scores(mask, dtype)
+
+
+def added_to_scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to attention's scores: 0 where `mask` is true, else the least number of `dtype`."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def use_grouped_attention(model: Any) -> None:
+    """Let `model` use `attention` where it would use torch's fused one; a model of unsloth has its own."""
     known = model.config.model_type in PLAIN_MODELS  # others may cap or sink their scores
-    if known and model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(GROUPED, grouped_attention)
-        AttentionMaskInterface.register(GROUPED, eager_mask)
+    if known and model.config._attn_implementation == "sdpa" and not hasattr(model, "for_inference"):
+        AttentionInterface.register(GROUPED, attention)
+        AttentionMaskInterface.register(GROUPED, attention_mask)
         model.set_attn_implementation(GROUPED)

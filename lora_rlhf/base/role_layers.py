@@ -60,6 +60,7 @@ class RoleLinear:
     def __init__(self, layer: Any, frozen: FrozenLinear, playing: Callable[[], str | MixedRoles]) -> None:
         self.layer, self.frozen, self.playing = layer, frozen, playing
         self.folded = False
+        self.cast: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
 
     def __call__(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Return the output of the role, or of each row's own."""
@@ -71,7 +72,12 @@ class RoleLinear:
         return y
 
     def adapter(self, role: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return (A, B, scaling) of a role, or none where it has no adapter here."""
+        """Return (A, B, scaling) of a role, or None where it has no adapter here.
+
+        A and B are the float32 parameters, or their copies in the compute dtype inside `RoleLayers.adapters_cast`.
+        """
+        if role in self.cast:
+            return self.cast[role]
         if role not in self.layer.lora_A:
             return None
         return self.layer.lora_A[role].weight, self.layer.lora_B[role].weight, self.layer.scaling[role]
@@ -158,6 +164,21 @@ class RoleLayers:
                 b = torch.cat([b.detach() for _, _, b, _ in held], 1).to(self.dtype)
                 found[layer] = (a, b, tuple((role, len(a), scaling) for role, a, _, scaling in held))
         return found
+
+    @contextlib.contextmanager
+    def adapters_cast(self, role: str) -> Iterator[None]:
+        """Hold the adapter of `role` in the compute dtype inside the block, so that no product casts it anew.
+
+        For many passes without gradient while the adapter does not change: for the tokens of a rollout.
+        """
+        adapted = [(layer, adapter) for layer in self.adapted.values() if (adapter := layer.adapter(role)) is not None]
+        try:
+            for layer, (a, b, scaling) in adapted:
+                layer.cast[role] = (a.detach().to(self.dtype), b.detach().to(self.dtype), scaling)
+            yield
+        finally:
+            for layer, _ in adapted:
+                layer.cast.pop(role, None)
 
     def copy_bytes(self) -> int:
         """Return what a working copy takes, at most: one with a role folded in."""

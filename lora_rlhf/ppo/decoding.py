@@ -11,6 +11,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.ppo.rollout_cache import rollout_cache
 
+EXTRA_TOKENS = 8
+"""Tokens that are looked at beyond the length of a stop string: the first ones may read otherwise than in the whole."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -75,10 +78,11 @@ class TrunkDecoder:
         rows = len(ids)
         response = torch.full((rows, sampling.response_length), tokenizer.pad_token_id, device=self.device)
         logprobs = torch.zeros(response.shape, device=self.device)
-        live, done = torch.arange(rows, device=self.device), torch.zeros(rows, dtype=torch.bool, device=self.device)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        ends = ending_ids(tokenizer).to(self.device)
         cache = rollout_cache(self.trunk.config, ids.shape[1] + sampling.response_length)
+        live = torch.arange(rows, device=self.device)
+        endings = AnswerEndings(tokenizer, sampling.stop_strings, rows)
+        live_rows = list(range(rows))  # what `live` says, without asking the device
         for step in range(sampling.response_length):
             states = self.trunk(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
@@ -86,21 +90,54 @@ class TrunkDecoder:
             logits = states.to(self.lm_head.weight.dtype) @ self.lm_head.weight.T
             token, logprobs[live, step] = chosen_tokens(logits, uniform[step, live], sampling.temperature)
             response[live, step] = token
-            done[live] |= torch.isin(token, ends)
-            if sampling.stop_strings:
-                for i in live[~done[live]].tolist():
-                    text = response[i, : step + 1].tolist()
-                    done[i] = stop_position(tokenizer, text, sampling.stop_strings) is not None
-            still = ~done[live]
-            if not bool(still.any()):
+            unfinished = endings.unfinished(live_rows, token.tolist())  # the one wait for the device per token
+            if not unfinished:
                 break
             ids, mask = token[:, None], torch.nn.functional.pad(mask, (0, 1), value=True)
             positions = positions[:, -1:] + 1
-            if still.sum() <= 0.75 * len(live):  # copying the cache has a price: wait until a quarter has ended
-                keep = torch.nonzero(still)[:, 0]
+            if len(unfinished) <= 0.75 * len(
+                live_rows
+            ):  # copying the cache has a price: wait until a quarter has ended
+                live_rows = [live_rows[place] for place in unfinished]
+                keep = torch.tensor(unfinished).to(self.device)
                 cache.batch_select_indices(keep)
                 ids, mask, positions, live = ids[keep], mask[keep], positions[keep], live[keep]
         return response, logprobs
+
+
+class AnswerEndings:
+    """Watches the answers of a batch grow, and tells which of them have ended by EOS or by a stop string.
+
+    Args:
+        tokenizer: of the model.
+        stop_strings: that end an answer besides EOS.
+        rows: of the batch.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...], rows: int) -> None:
+        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.ending_ids = set(ending_ids(tokenizer).tolist())
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.ended = [False] * rows
+        # A token is at least one byte of text, so that a stop string is in the last tokens of the answer that it ends.
+        self.last_tokens = max((len(stop.encode()) for stop in stop_strings), default=0) + EXTRA_TOKENS
+
+    def unfinished(self, rows: list[int], tokens: list[int]) -> list[int]:
+        """Take the next token of each of `rows`; return the places in `rows` of those that have not ended."""
+        for row, token in zip(rows, tokens, strict=True):
+            self.tokens[row].append(token)
+            self.ended[row] = self.ended[row] or token in self.ending_ids or self._has_stop_string(row)
+        return [place for place, row in enumerate(rows) if not self.ended[row]]
+
+    def _has_stop_string(self, row: int) -> bool:
+        """Return whether a stop string is in the answer, looking at its last tokens first: that is quick."""
+        if not self.stop_strings:
+            return False
+        tokens = self.tokens[row]
+        text = self.tokenizer.decode(tokens[-self.last_tokens :])
+        if not any(stop in text for stop in self.stop_strings):
+            return False
+        return stop_position(self.tokenizer, tokens, self.stop_strings) is not None
 
 
 class GenerateDecoder:

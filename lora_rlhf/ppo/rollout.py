@@ -81,9 +81,11 @@ def sampled_answers(
     """
     decoder = decoder_of(base.causal_lm)
     expand = decoder.reads_working_copy and base.layers.expands(sampling.expand_weights)
-    with base.expanded(role) if expand else base.role(role):
-        autocast = None if expand else base.autocast()
-        return model_answers(decoder, prompts, sampling, tokenizer, generator, autocast, rows)
+    if expand:
+        with base.expanded(role):
+            return model_answers(decoder, prompts, sampling, tokenizer, generator, None, rows)
+    with base.role(role), base.layers.adapters_cast(role):
+        return model_answers(decoder, prompts, sampling, tokenizer, generator, base.autocast(), rows)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ is padded on the left, as there always is one. What repeats is counted once and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 
 from lora_rlhf.base.shared import POLICY, REWARD
 from lora_rlhf.config import RunConfig, TrainerSettings
-from lora_rlhf.ppo.decoding import Sampling, TrunkDecoder
-from lora_rlhf.ppo.rollout import Rollout
+from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.rollout import Rollout, sampled_answers
 from lora_rlhf.ppo.scoring import Scored, scored_by_roles
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.roofline.cards import Card
@@ -91,59 +91,56 @@ def ppo_phases(config: RunConfig, card: Card) -> list[Phase]:
     return counting.phases
 
 
+class _EnoughTokens(Exception):
+    """Ends a decoding loop whose further tokens would cost what those before did."""
+
+
 def _count_rollout(counting: PhaseCounter) -> None:
     """Count prefill, and decoded tokens as the mean of the first and the last one: a token's cost grows evenly."""
     config, s = counting.config, counting.config.ppo
     together = min(s.rollout_batch_size or s.batch_size, s.batch_size)
     batches = s.batch_size / together
     prompt, answer = config.max_prompt_length, s.response_length
-    if s.expand_weights:
-        counting.count("rollout", "working copy", 1, lambda: counting.trainer.base.layers._make_copies(POLICY))
-        for role in counting.trainer.base.layers.adapted.values():
-            role.folded = True
-    _count_decoding(
-        counting, together, prompt, answer, ["prefill", "first token"], [batches, batches * (answer - 1) / 2]
+    tokens = batches * (answer - 1) / 2
+    _count_passes(
+        counting, together, prompt, answer, [("preparation", 1), ("prefill", batches), ("first token", tokens)]
     )
-    _count_decoding(counting, together, prompt + answer - 2, 2, [None, "last token"], [0, batches * (answer - 1) / 2])
-    for role in counting.trainer.base.layers.adapted.values():
-        role.folded = False
-    counting.trainer.base.layers.give_up_copy()
+    _count_passes(counting, together, prompt + answer - 2, 3, [None, None, ("last token", tokens)])
 
 
-class _EnoughTokens(Exception):
-    """Ends a decoding loop whose further tokens would cost what those before did."""
-
-
-def _count_decoding(
-    counting: PhaseCounter, rows: int, prompt: int, answer: int, names: list[str | None], times: list[float]
+def _count_passes(
+    counting: PhaseCounter, rows: int, prompt: int, answer: int, kept: Sequence[tuple[str, float] | None]
 ) -> None:
-    """Count the first passes of the decoder; a pass without a name is not kept."""
-    base, trunk = counting.trainer.base, counting.trainer.base.trunk
-    stops = tuple(counting.config.ppo.stop_strings)
-    sampling = Sampling(answer, counting.config.ppo.temperature, stops)
-    plain, passes = trunk.forward, 0
+    """Count what comes before the first pass of the decoder, and its first passes.
+
+    Args:
+        counting: gets the phases.
+        rows: prompts that are answered together.
+        prompt: their tokens; the first has one less, and so is padded.
+        answer: most tokens of an answer.
+        kept: name and repetitions of each part; None where it is not kept.
+    """
+    base, trunk, s = counting.trainer.base, counting.trainer.base.trunk, counting.config.ppo
+    sampling = replace(Sampling.of(s), response_length=answer, batch_size=None)
+    prompts = [[1] * (prompt - 1), *([[1] * prompt] * (rows - 1))]
+    plain, parts = trunk.forward, iter(kept)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal passes
-        if passes and (name := names[passes - 1]):
-            counting._add("rollout", name, times[passes - 1])
+        part = next(parts, None)
+        if part is not None:
+            counting._add("rollout", *part)
         counting.counter.clear()
-        passes += 1
-        if passes > len(names):
+        if part == kept[-1]:
             raise _EnoughTokens
         return plain(*args, **kwargs)
 
     trunk.forward = forward
+    counting.counter.clear()
     try:
-        with counting.counter, fused_attention(), torch.no_grad(), base.role(POLICY):
-            ids, mask = _ones(rows, prompt), _ones(rows, prompt).bool()
-            mask[0, 0] = False
-            TrunkDecoder(trunk, base.lm_head)(ids, mask, torch.zeros((answer, rows), device=META), sampling, NoText())
+        with counting.counter, fused_attention():
+            sampled_answers(base, POLICY, prompts, sampling, NoText(), torch.Generator())
     except _EnoughTokens:
         pass
-    else:
-        if name := names[passes - 1]:
-            counting._add("rollout", name, times[passes - 1])
     finally:
         del trunk.forward
 

@@ -1,4 +1,4 @@
-"""Grouped attention is the attention that transformers computes, on the CPU only."""
+"""Grouped attention is the attention that transformers computes; what it is used for on a CPU and on a card."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from lora_rlhf.base.attention import GROUPED, grouped_attention, use_grouped_attention
+from lora_rlhf.base.attention import (
+    GROUPED,
+    added_to_scores,
+    attention,
+    attention_mask,
+    grouped_attention,
+    use_grouped_attention,
+)
 from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.config import RunConfig
+from lora_rlhf.roofline.operations import META, OperationCounter
+from lora_rlhf.roofline.shapes_only import fused_attention
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
@@ -23,10 +32,10 @@ def test_it_equals_transformers_plain_attention_with_gradients(queries: int, key
     mask = torch.zeros(2, 1, queries, keys)
     mask[1, :, :, :2] = torch.finfo(torch.float32).min
     results = []
-    for attention in (grouped_attention, eager_attention_forward):
+    for computed in (grouped_attention, eager_attention_forward):
         inputs = [t.clone().requires_grad_() for t in (q, k, v)]
         module = SimpleNamespace(num_key_value_groups=3, training=False)
-        out, _ = attention(module, *inputs, mask if masked else None, scaling=8**-0.5)
+        out, _ = computed(module, *inputs, mask if masked else None, scaling=8**-0.5)
         (out * torch.arange(8.0)).sum().backward()
         results.append([out, *(t.grad for t in inputs)])
     for ours, theirs in zip(*results, strict=True):
@@ -55,3 +64,47 @@ def test_a_model_with_another_attention_keeps_it(make_config: Callable[..., RunC
     model.set_attn_implementation("eager")
     use_grouped_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_mask_is_added_as_nothing_or_as_the_least_number() -> None:
+    mask = added_to_scores(torch.tensor([[True, False]]), torch.bfloat16)
+    assert mask.dtype == torch.bfloat16 and mask.tolist() == [[0.0, torch.finfo(torch.bfloat16).min]]
+
+
+@pytest.mark.parametrize(
+    ("queries", "padded", "kind"),
+    [(1, True, torch.bfloat16), (1, False, None), (5, True, torch.bool), (5, False, None)],
+    ids=["decoding under padding", "decoding", "prefill under padding", "prefill"],
+)
+def test_on_a_card_the_mask_is_a_sum_for_single_queries_and_torchs_own_for_others(
+    queries: int, padded: bool, kind: torch.dtype | None
+) -> None:
+    seen = torch.ones(2, 5, dtype=torch.bool)
+    seen[0, 0] = not padded
+    with OperationCounter():  # in which the meta device stands for a card
+        mask = attention_mask(
+            batch_size=2, q_length=queries, kv_length=5, q_offset=5 - queries, kv_offset=0,
+            attention_mask=seen.to(META), dtype=torch.bfloat16, device=META,
+        )  # fmt: skip
+    assert kind is None if mask is None else mask.dtype == kind
+
+
+@pytest.mark.parametrize(("queries", "masked", "repeated"), [(1, True, 0), (7, True, 2), (1, False, 0)])
+def test_on_a_card_single_queries_under_a_mask_do_not_repeat_keys_and_values(
+    queries: int, masked: bool, repeated: int
+) -> None:
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    with OperationCounter() as counter, fused_attention():
+        q, k, v = (torch.empty(2, heads, n, 8, device=META) for heads, n in ((6, queries), (2, 7), (2, 7)))
+        mask = torch.zeros(2, 1, queries, 7, device=META) if masked else None
+        counter.clear()
+        out, _ = attention(module, q, k, v, mask, scaling=8**-0.5)
+    assert out.shape == (2, queries, 6, 8)
+    assert [op.name for op in counter.operations].count("clone") == repeated
+
+
+def test_a_model_of_unsloth_keeps_its_attention(make_config: Callable[..., RunConfig]) -> None:
+    model = load_causal_lm(make_config())
+    model.for_inference = lambda: None
+    use_grouped_attention(model)
+    assert model.config._attn_implementation == "sdpa"

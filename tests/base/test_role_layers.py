@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 
 from lora_rlhf.base.role_layers import FrozenLinear, MixedRoles, RoleLayers, dequantized_weight
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
+from lora_rlhf.config import RunConfig
 
 MakeBase = Callable[..., SharedBase]
 
@@ -196,3 +197,20 @@ def test_a_copy_that_is_given_up_is_freed_at_once(make_base: MakeBase) -> None:
         assert held() is not None
         layers.give_up_copy()
         assert held() is None
+
+
+def test_a_role_decodes_the_same_with_its_adapter_cast_once(
+    make_base: MakeBase, make_config: Callable[..., RunConfig], rows: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    base = make_base(make_config(dtype="bfloat16"))
+    with torch.no_grad():
+        before = base.hidden(POLICY, *rows)
+        with base.layers.adapters_cast(POLICY):
+            layer = next(iter(base.layers.adapted.values()))
+            assert {factor.dtype for factor in layer.adapter(POLICY)[:2]} == {torch.bfloat16}
+            assert layer.adapter(REWARD)[0].dtype == torch.float32
+            assert torch.equal(base.hidden(POLICY, *rows), before)
+            assert not torch.equal(base.hidden(REWARD, *rows), before)
+        assert layer.adapter(POLICY)[0] is layer.layer.lora_A[POLICY].weight
+        with base.layers.adapters_cast(REFERENCE):
+            assert torch.equal(base.hidden(POLICY, *rows), before)

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from lora_rlhf.base.packing import left_padded
 from lora_rlhf.base.shared import SharedBase
-from lora_rlhf.ppo.decoding import GenerateDecoder, Sampling, TrunkDecoder, decoder_of, inverse_cdf
+from lora_rlhf.ppo.decoding import (
+    AnswerEndings,
+    GenerateDecoder,
+    Sampling,
+    TrunkDecoder,
+    decoder_of,
+    inverse_cdf,
+    stop_position,
+)
 from lora_rlhf.ppo.rollout import model_answers
 
 PROMPTS = [[5], [60, 70, 80, 90], [33, 44], [5, 6, 7, 8, 9, 10, 11], [100, 101, 102], [200] * 5]
@@ -77,3 +85,45 @@ def test_a_model_that_unsloth_loaded_is_decoded_by_its_own_generate(make_base: C
     assert isinstance(decoder_of(base.causal_lm), TrunkDecoder)
     base.causal_lm.for_inference = lambda: None
     assert isinstance(decoder_of(base.causal_lm), GenerateDecoder)
+
+
+class Spelling:
+    """A tokenizer whose tokens are these texts, and which counts the tokens that it decodes."""
+
+    eos_token_id = 0
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts, self.decoded = texts, 0
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        self.decoded += len(tokens)
+        return "".join(self.texts[token] for token in tokens)
+
+
+TEXTS = ["<eos>", "\n", "\n\n", "Hu", "man", ":", "H", "u", "man:", "é", " and so on"]
+
+
+@given(st.lists(st.integers(1, len(TEXTS) - 1), max_size=40))
+def test_an_answer_ends_at_the_token_that_completes_a_stop_string(tokens: list[int]) -> None:
+    stops = ("\n\nHuman:", "né")
+    tokenizer = Spelling(TEXTS)
+    endings = AnswerEndings(tokenizer, stops, rows=1)
+    ended_at = next((n for n, token in enumerate(tokens) if not endings.unfinished([0], [token])), None)
+    prefixes = (tokens[: n + 1] for n in range(len(tokens)))
+    expected = next((n for n, prefix in enumerate(prefixes) if stop_position(tokenizer, prefix, stops)), None)
+    assert ended_at == expected
+
+
+def test_each_row_ends_by_itself_and_stays_ended() -> None:
+    endings = AnswerEndings(Spelling(TEXTS), ("man:",), rows=3)
+    assert endings.unfinished([0, 1, 2], [0, 3, 4]) == [1, 2], "row 0 has its EOS"
+    assert endings.unfinished([0, 1, 2], [3, 8, 9]) == [2], "row 1 has the stop string"
+    assert endings.unfinished([1, 2], [3, 5]) == [1], "row 2 went on after the beginning of a stop string"
+
+
+def test_a_long_answer_is_not_decoded_whole_for_every_token() -> None:
+    tokenizer = Spelling(TEXTS)
+    endings = AnswerEndings(tokenizer, ("\n\nHuman:",), rows=1)
+    for _ in range(1000):
+        endings.unfinished([0], [10])
+    assert tokenizer.decoded <= 1000 * endings.last_tokens < 1000 * 1000 / 20
