@@ -126,7 +126,7 @@ class Session:
                 yield results
             interrupt.mind()
         except Exception as error:
-            if not (ran_out(error) or isinstance(error, MemoryError)):
+            if not ran_out(error):
                 raise
             config = shlex.quote(str(self.run / "config.yaml"))
             raise UserError(

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
 from lora_rlhf.data.chat import set_chat_template
 from lora_rlhf.errors import UserError
-from lora_rlhf.memory_peak import return_freed_memory
+from lora_rlhf.memory_peak import ran_out, return_freed_memory
 
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
@@ -232,10 +233,8 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
         yield
     except Exception as error:
         known = isinstance(error, OSError | ValueError | httpx.HTTPError | SafetensorError)
-        ours = isinstance(
-            error, UserError | ImportError | MemoryError | torch.OutOfMemoryError | torch.AcceleratorError
-        )
-        if not known and (ours or not Path(source).is_dir()):  # a damaged folder may raise anything
+        ours = isinstance(error, UserError | ImportError | torch.AcceleratorError)
+        if ran_out(error) or (not known and (ours or not Path(source).is_dir())):  # a damaged folder may raise anything
             raise
         chain: list[BaseException] = []
         link: BaseException | None = error
@@ -264,7 +263,7 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' progress bars and load reports."""
+    """Hold back transformers' progress bars and load reports; an error takes along what a report would have told."""
     from transformers.utils import logging as hf_logging
 
     level, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
@@ -274,7 +273,23 @@ def quiet_transformers() -> Iterator[None]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         yield
+    except RuntimeError as error:
+        if cause := _first_conversion_error(error):
+            error.add_note(cause)
+        raise
     finally:
         hf_logging.set_verbosity(level)
         if shown:
             hf_logging.enable_progress_bar()
+
+
+def _first_conversion_error(error: RuntimeError) -> str | None:
+    """Return what went wrong with the first weight that transformers could not convert, or none.
+
+    It keeps such errors, memory that ran out too, for a report in its log, and raises one that only points there.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        kept = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
+        if kept:
+            return str(next(iter(kept.values())))
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -18,11 +18,11 @@ from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.errors import NotFinite
-from lora_rlhf.memory_peak import peak_memory_gib, trim_heap
+from lora_rlhf.memory_peak import peak_memory_gib, ran_out, trim_heap
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
 from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.decoding import Sampling
-from lora_rlhf.ppo.guards import Guards, check_finite, repetition
+from lora_rlhf.ppo.guards import Answered, Guards, check_finite, repetition
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
 from lora_rlhf.ppo.optimization import adam, learning_rate_share
 from lora_rlhf.ppo.processes import Processes
@@ -33,25 +33,6 @@ from lora_rlhf.reward.sources import AdapterReward, CombinedReward
 Metrics = dict[str, float]
 LEARNED = ("policy_loss", "clip_fraction", "ratio", "update_kl", "ratio_deviation", "value_loss", "value_clip_fraction")
 """What a minibatch's update is measured by."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The last step's prompts (as numbers of the training pairs), answers and scores; none of them where it failed.
-
-    Attributes:
-        chosen: which pairs.
-        texts: the answers.
-        scores: normalised; empty where there are none.
-        random_state: of the sampling generator, uint8, before the step drew from it.
-        order: of the prompts to come, before the step took its own.
-    """
-
-    chosen: list[int]
-    texts: list[str]
-    scores: list[float]
-    random_state: torch.Tensor
-    order: list[int]
 
 
 class PpoTrainer:
@@ -190,7 +171,9 @@ class PpoTrainer:
             if self.sampling.expand_weights:
                 try:
                     held.enter_context(self.base.layers.working_copy())
-                except torch.OutOfMemoryError:
+                except Exception as error:
+                    if not ran_out(error):
+                        raise
                     self._give_up_copy()
             yield
 
