@@ -17,7 +17,7 @@ import psutil
 import torch
 from rich.table import Table
 
-from lora_rlhf.base.loading import device
+from lora_rlhf.base.devices import device
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.errors import UserError

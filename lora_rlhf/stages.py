@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.adapters import lora_config
+from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
@@ -73,6 +74,7 @@ class Session:
             note("the embedded model (SmolLM2-135M, 93 MB) is downloaded and converted, once; a minute or so")
         processes = Processes()
         console.quiet = not processes.is_main
+        check_device(config)
         tokenizer = load_tokenizer(config)
         if instruct := config.instruct_model_name_or_path:
             if (Path(instruct) / "adapter_config.json").is_file():

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import safe_globals
 
 from lora_rlhf.base.attention import use_grouped_attention
-from lora_rlhf.base.loading import device
+from lora_rlhf.base.devices import device
 from lora_rlhf.base.role_layers import RoleLayers
 from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, readable, write_checkpoint
 from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from lora_rlhf.base.backend_check import reads_causally
+from lora_rlhf.base.devices import check_device, device
 from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
 from lora_rlhf.data.chat import set_chat_template
@@ -23,11 +24,6 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import ran_out, return_freed_memory
 
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
-
-
-def device() -> torch.device:
-    """Return where models run: the first CUDA device, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolved_model(name: str) -> str:
@@ -87,10 +83,12 @@ def load_causal_lm(config: RunConfig, name: str | None = None) -> Any:
     """Return the causal language model, in NF4 where the config says so, in eval mode on `device()`.
 
     Raises:
-        UserError: not on the Hub, gated, no network, no 4-bit to be had, or the backend is not installed.
+        UserError: not on the Hub, gated, no network, no 4-bit to be had, the backend is not installed, or the card does
+            not know the dtype.
     """
     from transformers import AutoModelForCausalLM
 
+    check_device(config)
     source = resolved_model(name or config.model_name_or_path)
     revision = None if name else config.model_revision
     if chosen_backend(config) == "unsloth":
@@ -107,6 +105,7 @@ def load_reward_model(config: RunConfig, pad_token_id: int) -> Any:
     """
     from transformers import AutoModelForSequenceClassification
 
+    check_device(config)
     source = resolved_model(config.model_name_or_path)
     with explained(source, config), quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(
