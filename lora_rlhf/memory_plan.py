@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.loading import explained, resolved_model
+from lora_rlhf.base.loading import model_config
 from lora_rlhf.base.token_logprobs import rows_per_chunk
 from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
 
@@ -80,12 +80,9 @@ def model_shape(config: RunConfig) -> ModelShape:
     Raises:
         UserError: the model's config cannot be had.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    source = resolved_model(config.model_name_or_path)
-    with explained(source, config):
-        found = AutoConfig.from_pretrained(source, revision=config.model_revision, trust_remote_code=False)
-    return shape_of(found, AutoModelForCausalLM)
+    return shape_of(model_config(config), AutoModelForCausalLM)
 
 
 def shape_of(config: Any, auto_class: Any) -> ModelShape:

@@ -16,7 +16,7 @@ import torch
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
-from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer, model_config
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.checkpoint_folders import check_space
 from lora_rlhf.config import EMBEDDED, RunConfig
@@ -76,10 +76,12 @@ class Session:
         console.quiet = not processes.is_main
         check_device(config)
         tokenizer = load_tokenizer(config)
+        model_config(config)
         if instruct := config.instruct_model_name_or_path:
             if (Path(instruct) / "adapter_config.json").is_file():
                 raise UserError(f"instruct_model_name_or_path: {instruct} is an adapter; a whole model is wanted")
             load_tokenizer(config, instruct)
+            model_config(config, instruct)
         if processes.is_main:
             check_tracker(config.report_to)
         processes.meet()
