@@ -37,7 +37,7 @@ def check_device(config: RunConfig) -> None:
         raise UserError(
             f"dtype: {torch.cuda.get_device_name(here)} has no bfloat16 (compute capability "
             f"{capability[0]}.{capability[1]}; it came with 8.0): every product would be emulated, at many times the "
-            "time. Set dtype: float32, which needs more memory, or take an Ampere card or a later one"
+            "time. Set dtype: float16, which such cards are fast in"
         )
 
 
