@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -23,22 +24,41 @@ def device() -> torch.device:
 def check_device(config: RunConfig) -> None:
     """Refuse a dtype that the card only emulates; say once where a GPU is there that is not used.
 
-    Torch counts emulation as support (`is_bf16_supported`), so the compute capability is asked.
-
     Raises:
         UserError: bfloat16 on a card that has none.
     """
     _name_unused_gpu()
-    here = device()
-    if here.type != "cuda" or torch.version.hip or config.dtype != "bfloat16":
-        return
-    capability = torch.cuda.get_device_capability(here)
-    if capability < AMPERE:
+    if config.dtype == "bfloat16" and (card := _card_without_bfloat16()):
         raise UserError(
-            f"dtype: {torch.cuda.get_device_name(here)} has no bfloat16 (compute capability "
-            f"{capability[0]}.{capability[1]}; it came with 8.0): every product would be emulated, at many times the "
-            "time. Set dtype: float16, which such cards are fast in"
+            f"dtype: {card}: every product would be emulated, at many times the time. Set dtype: float16, which such "
+            "cards are fast in"
         )
+
+
+def with_fast_dtype(config: RunConfig) -> RunConfig:
+    """Return `config` with float16 in place of bfloat16 where the card only emulates that, and say so.
+
+    It is for models that answer and no longer learn: those of a run that was trained on another card.
+    """
+    if config.dtype == "bfloat16" and (card := _card_without_bfloat16()):
+        note(f"dtype: float16 in place of bfloat16: {card}")
+        return replace(config, dtype="float16")
+    return config
+
+
+def _card_without_bfloat16() -> str | None:
+    """Return the card's name and capability where it has no bfloat16, or none.
+
+    Torch counts emulation as support (`is_bf16_supported`), so the compute capability is asked; AMD counts otherwise.
+    """
+    here = device()
+    if here.type != "cuda" or torch.version.hip:
+        return None
+    capability = torch.cuda.get_device_capability(here)
+    if capability >= AMPERE:
+        return None
+    number = ".".join(map(str, capability))
+    return f"{torch.cuda.get_device_name(here)} has no bfloat16 (compute capability {number}; it came with 8.0)"
 
 
 @functools.cache

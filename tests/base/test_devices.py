@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from lora_rlhf import load_plus
 from lora_rlhf.base import devices
 from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.loading import load_causal_lm, load_reward_model
-from lora_rlhf.chat.loading import named_comparison
+from lora_rlhf.chat.loading import named_comparison, run_comparison
 from lora_rlhf.config import RunConfig
+from lora_rlhf.config_file import config_to_mapping
 from lora_rlhf.errors import UserError
+from lora_rlhf.evaluation.context import EvaluationSettings
+from lora_rlhf.evaluation.evaluate import evaluate
 from lora_rlhf.stages import Session
 
 MakeConfig = Callable[..., RunConfig]
@@ -50,7 +56,8 @@ def test_a_card_that_emulates_bfloat16_is_refused(
     card(name, capability)
     with pytest.raises(UserError, match=rf"dtype: {name} has no bfloat16 \(compute capability {capability[0]}\."):
         check_device(make_config(dtype="bfloat16"))
-    check_device(make_config(dtype="float32"))
+    for dtype in ("float16", "float32"):
+        check_device(make_config(dtype=dtype))
 
 
 @pytest.mark.parametrize(("name", "capability"), [("A100", (8, 0)), ("RTX 4090", (8, 9)), ("RTX 5090", (12, 0))])
@@ -69,7 +76,7 @@ def test_amd_counts_otherwise(
     check_device(make_config(dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("entrance", ["a run", "a base", "a reward model", "the demo"])
+@pytest.mark.parametrize("entrance", ["a run", "a base", "a reward model"])
 def test_it_is_said_before_anything_is_loaded(
     make_config: MakeConfig, card: Callable[..., None], monkeypatch: pytest.MonkeyPatch, entrance: str
 ) -> None:
@@ -83,10 +90,44 @@ def test_it_is_said_before_anything_is_loaded(
         "a run": lambda: Session.open(config),
         "a base": lambda: load_causal_lm(config),
         "a reward model": lambda: load_reward_model(config, 2),
-        "the demo": lambda: named_comparison(config, {"base": config.model_name_or_path}, None, 128, 16),
     }
     with pytest.raises(UserError, match="Tesla T4 has no bfloat16"):
         enter[entrance]()
+
+
+class Loading(Exception):
+    """Something is about to be loaded; with the config that says how."""
+
+
+@pytest.mark.parametrize("entrance", ["demo", "demo of models", "evaluation", "load_plus"])
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_models_that_only_answer_do_so_in_a_dtype_that_the_card_knows(
+    make_config: MakeConfig, card: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], entrance: str, capability: tuple[int, int], dtype: str,
+) -> None:  # fmt: skip
+    """A run that was trained on another card can be talked to, and an adapter of it be loaded."""
+    card("A card", capability)
+
+    def loads(config: RunConfig, *_: Any, **__: Any) -> Any:
+        raise Loading(config.dtype)
+
+    config = make_config(dtype="bfloat16")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_to_mapping(config)))
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    settings = EvaluationSettings(output_dir=tmp_path)
+    places: dict[str, tuple[str, Callable[[], Any]]] = {
+        "demo": ("lora_rlhf.chat.loading.run_arms", lambda: run_comparison(tmp_path, 64, 8)),
+        "demo of models": ("lora_rlhf.chat.loading.named_arms", lambda: named_comparison(config, {}, None, 64, 8)),
+        "evaluation": ("lora_rlhf.evaluation.evaluate.run_arms", lambda: evaluate(settings)),
+        "load_plus": ("lora_rlhf.plus.load_tokenizer", lambda: load_plus(tmp_path)),
+    }
+    place, enter = places[entrance]
+    monkeypatch.setattr(place, loads)
+    with pytest.raises(Loading, match=f"^{dtype}$"):
+        enter()
+    said = "float16 in place of bfloat16: A card has no bfloat16" in " ".join(capsys.readouterr().out.split())
+    assert said == (dtype == "float16")
 
 
 @pytest.mark.parametrize(("kind", "words"), [("mps", "Apple, mps"), ("xpu", "Intel, xpu")])
