@@ -29,8 +29,9 @@ from ppo_step import PEER_VERSION, Contestant, cap_memory, peer_python
 from rich.table import Table
 from shapes import full_length, trainer_of_shape
 
+from lora_rlhf.base.devices import device
 from lora_rlhf.base.embedded import build_tiny_model
-from lora_rlhf.base.loading import device, load_tokenizer
+from lora_rlhf.base.loading import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file, config_from_mapping, config_to_mapping
 from lora_rlhf.data.preferences import preference_pairs

@@ -21,6 +21,7 @@ from lora_rlhf.chat.conversation import (
 )
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.loaded_arms import TITLES
+from lora_rlhf.memory_peak import device_answers, ran_out
 
 from .layout import Parts, laid_out
 from .markup import (
@@ -130,6 +131,15 @@ def launch_options() -> dict[str, Any]:
     }
 
 
+def words_for_failure(error: Exception) -> str:
+    """Return what the visitor is told when answering failed."""
+    if not device_answers():
+        return "The graphics card has stopped answering; whoever runs this page has to start it again."
+    if ran_out(error):
+        return "Memory ran out over this. Ask for shorter answers, or clear the conversation, and try again."
+    return "Something went wrong here; whoever runs this page finds it in the log. Try again."
+
+
 class PageEvents:
     """What each event does: it calls the visitor's session and returns what the page shows then."""
 
@@ -175,10 +185,9 @@ class PageEvents:
                 yield {self.parts.status: status_markup("Answering …")} | texts | self.figures(conversation)
         except UserError as error:
             yield self.shown(visitor, conversation, str(error), wrong=True)
-        except Exception:  # whatever goes wrong in a model: the page goes on, and the log has it
+        except Exception as error:  # whatever goes wrong in a model: the page goes on, and the log has it
             logging.getLogger(__name__).exception("answering failed")
-            text = "Something went wrong here; whoever runs this page finds it in the log. Try again."
-            yield self.shown(visitor, conversation, text, wrong=True)
+            yield self.shown(visitor, conversation, words_for_failure(error), wrong=True)
         else:
             yield self.shown(visitor, conversation, spoken_result(conversation))
 

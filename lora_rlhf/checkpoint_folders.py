@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lora_rlhf.errors import UserError, first_line
+from lora_rlhf.memory_peak import ran_out
 
 MANIFEST = "manifest.json"
 BYTES_OF_A_NUMBER = 12
@@ -139,6 +140,8 @@ def readable(file: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if ran_out(error):  # nothing is wrong with the file
+            raise
         raise UserError(
             f"{file} cannot be read ({first_line(error)[:200]}): delete {file.parent} to go on from the checkpoint "
             "before it"

@@ -199,8 +199,14 @@ class RunConfig:
     backend: Literal["auto", "transformers", "unsloth"] = setting(
         "transformers", "What loads and runs the model; auto: unsloth on CUDA where it is installed."
     )
-    load_in_4bit: bool = setting(True, "NF4 with double quantisation; off: 16 or 32 bits, as dtype says.")
-    dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "What is computed in; adapters are always float32.")
+    load_in_4bit: bool = setting(
+        True, "NF4 with double quantisation, or as a 4-bit checkpoint of bitsandbytes has it; off: as dtype says."
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16",
+        "What is computed in; adapters are always float32. float16, with a loss scale, is for cards that have no "
+        "bfloat16 (T4, V100, RTX 20xx).",
+    )
     chat_template: str | None = setting(
         None, "Jinja file, or `human_assistant`; none: the tokenizer's own, and human_assistant where it has none."
     )

@@ -11,7 +11,8 @@ import torch
 from peft.utils import get_peft_model_state_dict
 
 from lora_rlhf.base.adapters import base_identity, lora_config, write_adapter
-from lora_rlhf.base.loading import device, load_causal_lm
+from lora_rlhf.base.devices import device
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair

@@ -22,10 +22,11 @@ import psutil
 import torch
 from rich.table import Table
 
-from lora_rlhf.base.loading import device
+from lora_rlhf.base.devices import device
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.errors import UserError
+from lora_rlhf.free_memory import free_bytes
 from lora_rlhf.memory_plan import CONTEXT_BYTES, StagePlan, expands, fitting_changes, model_shape, peaks
 from lora_rlhf.roofline.cards import CARDS, Card, card_named
 from lora_rlhf.terminal import console, note, run_recipe
@@ -47,7 +48,7 @@ def usable_bytes(gpu_gib: float | None = None) -> tuple[float, bool]:
     if gpu_gib is not None:
         return USABLE * gpu_gib * GIB - CONTEXT_BYTES, True
     own = psutil.Process().memory_info().rss  # the plans count this process too
-    return float(psutil.virtual_memory().available + own), False
+    return free_bytes(torch.device("cpu")) + own, False
 
 
 def memory_table(plans: list[StagePlan], usable: float) -> Table:

@@ -1,10 +1,14 @@
-"""Peak memory of the work in hand: allocated CUDA memory, or resident memory of this process; and giving it back."""
+"""Peak memory of the work in hand: allocated CUDA memory, or resident memory of this process; giving it back, and
+knowing when it ran out.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +55,51 @@ def trim_heap() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+OUT_OF_MEMORY = re.compile(
+    r"""DefaultCPUAllocator | std::bad_alloc | Cannot\ allocate\ memory      # main memory; a mapping of a file
+    | \b(CUDA|HIP)\ out\ of\ memory                                       # torch's own allocator, quoted by others
+    | \b(CUDA|HIP)(\ driver)?\ error:\ out\ of\ memory                     # what CUDA itself could not allocate
+    | Triton\ Error\ \[(CUDA|HIP)\]:\ out\ of\ memory
+    | \b(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED
+    | CUDNN_STATUS_INTERNAL_ERROR_(DEVICE|HOST)_ALLOCATION_FAILED          # of cuDNN 9
+    | Failed\ to\ CUDA\ (calloc|malloc) | Cuda\ failure\ (\d+\ )?'out\ of\ memory'  # NCCL
+    | NVML_SUCCESS\ ==\ r\ INTERNAL\ ASSERT\ FAILED.*CUDACachingAllocator  # while torch words its own error
+    """,
+    re.VERBOSE,
+)
+"""How torch and what it calls say that memory ran out, where they have no class of error for it."""
+
+
 def ran_out(error: BaseException) -> bool:
-    """Return whether an error of torch says that memory ran out; it has a class for that of a GPU alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Return whether an error, or what it was raised from, says that memory ran out: a card's or main memory.
+
+    Torch has a class for what its own CUDA allocator lacks and for nothing else; the rest are told by their words.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(link, OSError) and link.errno == errno.ENOMEM:
+            return True
+        texts = [str(link), *getattr(link, "__notes__", ())] if isinstance(link, RuntimeError) else []
+        if any(OUT_OF_MEMORY.search(text) for text in texts):
+            return True
+        link = link.__cause__
+    return False
+
+
+def device_answers() -> bool:
+    """Return whether CUDA can still be used after an error; always true where it is not used.
+
+    Memory that ran out leaves CUDA as it was. Other errors, which the same moment may bring to light, leave the
+    process unable to use the card: every later call fails with the same error.
+    """
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True

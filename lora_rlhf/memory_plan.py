@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.model_config import model_config
+from lora_rlhf.base.known_shapes import shape_config
 from lora_rlhf.base.token_logprobs import rows_per_chunk
 from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
 
@@ -82,7 +82,7 @@ def model_shape(config: RunConfig) -> ModelShape:
     """
     from transformers import AutoModelForCausalLM
 
-    return shape_of(model_config(config), AutoModelForCausalLM)
+    return shape_of(shape_config(config), AutoModelForCausalLM)
 
 
 def shape_of(config: Any, auto_class: Any) -> ModelShape:

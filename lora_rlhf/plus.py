@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 
 from lora_rlhf.base.adapters import BASE, CONFIG, base_identity, read_adapter
+from lora_rlhf.base.devices import with_fast_dtype
 from lora_rlhf.base.loading import explained, load_causal_lm, load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file
@@ -39,7 +40,7 @@ def load_plus(
         UserError: not there, no access, no adapter or model, or an adapter of another base.
     """
     folder = _folder(str(name), revision)
-    config = replace(_config(folder), backend="transformers", output_dir=str(folder))
+    config = with_fast_dtype(replace(_config(folder), backend="transformers", output_dir=str(folder)))
     if not (folder / CONFIG).is_file():
         quantized = False if load_in_4bit is None else load_in_4bit
         config = replace(config, load_in_4bit=quantized, model_revision=None, chat_template=None)

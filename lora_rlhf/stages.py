@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.adapters import lora_config
+from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
-from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer, model_config
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.checkpoint_folders import check_space
 from lora_rlhf.config import EMBEDDED, RunConfig
@@ -73,11 +74,14 @@ class Session:
             note("the embedded model (SmolLM2-135M, 93 MB) is downloaded and converted, once; a minute or so")
         processes = Processes()
         console.quiet = not processes.is_main
+        check_device(config)
         tokenizer = load_tokenizer(config)
+        model_config(config)
         if instruct := config.instruct_model_name_or_path:
             if (Path(instruct) / "adapter_config.json").is_file():
                 raise UserError(f"instruct_model_name_or_path: {instruct} is an adapter; a whole model is wanted")
             load_tokenizer(config, instruct)
+            model_config(config, instruct)
         if processes.is_main:
             check_tracker(config.report_to)
         processes.meet()
@@ -126,7 +130,7 @@ class Session:
                 yield results
             interrupt.mind()
         except Exception as error:
-            if not (ran_out(error) or isinstance(error, MemoryError)):
+            if not ran_out(error):
                 raise
             config = shlex.quote(str(self.run / "config.yaml"))
             raise UserError(

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 
 console = Console(highlight=False)
 
@@ -77,18 +77,25 @@ def run_recipe(main: Callable[[], None], again: str = AGAIN) -> None:
     except UserError as error:
         _print_error(f"error: {error}")
         sys.exit(2)
-    except (OSError, SafetensorError) as error:
-        if not _is_of_the_disk(error):
-            raise
-        what = getattr(error, "filename", None) or "a file"
-        _print_error(
-            f"error: {what} could not be written ({error}): make room or choose another place. {interrupt.again}"
-        )
-        sys.exit(2)
     except KeyboardInterrupt as stopped:
         where = f" {stopped}" if str(stopped) else ""
         console.print(f"\nstopped{where}. {interrupt.again}")
         sys.exit(130)
+    except Exception as error:
+        from lora_rlhf.memory_peak import ran_out  # late: it imports torch, which --help can do without
+
+        if isinstance(error, OSError | SafetensorError) and _is_of_the_disk(error):
+            what = getattr(error, "filename", None) or "a file"
+            problem = f"{what} could not be written ({error}): make room or choose another place"
+        elif ran_out(error):
+            problem = (
+                f"memory ran out ({first_line(error)}): end what else uses it, or take smaller batches, shorter texts "
+                "or a smaller model"
+            )
+        else:
+            raise
+        _print_error(f"error: {problem}. {interrupt.again}")
+        sys.exit(2)
     finally:
         interrupt.asked = False
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import safe_globals
 
 from lora_rlhf.base.attention import use_grouped_attention
-from lora_rlhf.base.loading import device
+from lora_rlhf.base.devices import device
 from lora_rlhf.base.role_layers import RoleLayers
 from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, readable, write_checkpoint
 from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
@@ -49,6 +49,7 @@ def trainer_arguments(config: RunConfig, settings: TrainerSettings, checkpoints:
         "weight_decay": settings.weight_decay,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "bf16": config.dtype == "bfloat16",
+        "fp16": config.dtype == "float16",
         "use_cpu": device().type == "cpu",
         "seed": config.seed,
         "save_strategy": "steps" if config.save_steps > 0 else "no",
@@ -106,6 +107,8 @@ def trl_run(trainer: Any, name: str, config: RunConfig) -> None:
     if found is not None and (found[1] / ORDER).is_file():
         sampler.resumed = load_file(found[1] / ORDER)["random"]
     trainer._get_train_sampler = lambda *_: sampler
+    if trainer.args.fp16 and trainer.accelerator.scaler is None:  # accelerate leaves float16 out on CPUs
+        trainer.accelerator.scaler, trainer.accelerator.native_amp = torch.amp.GradScaler("cpu"), True
     saving = _Saving(trainer, sampler, config, name)
     trainer._save_checkpoint = saving
     with held, interruption() as asked, progress(f"{name}: optimizer steps", 0) as report:
@@ -248,6 +251,9 @@ class _Guarding(TrainerCallback):
             return
         for parameter in learned:
             parameter.grad = None  # what has none is not stepped
+        scaler = self.trainer.accelerator.scaler
+        if scaler is not None and scaler.get_scale() > 1:  # float16: an overflow halves the scale, and is no fault
+            return
         self.skipped += 1
         step, folder = state.global_step + 1, Path(args.output_dir).parents[1] / "skipped"
         reason = "gradient is NaN or infinite"

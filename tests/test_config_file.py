@@ -236,8 +236,8 @@ def test_a_stray_word_is_named() -> None:
         ({"ppo": 3}, "ppo", "a section"),
         ({"ppo": ["kl_coef"]}, "ppo", "a section"),
         ({"ppo": {"reward_sources": ["adapter"]}}, "ppo.reward_sources[0]", "a mapping"),
-        ({"dtype": "float16"}, "dtype", "bfloat16, float32"),
-        ({"dtype": []}, "dtype", "bfloat16, float32"),
+        ({"dtype": "float64"}, "dtype", "bfloat16, float16, float32"),
+        ({"dtype": []}, "dtype", "bfloat16, float16, float32"),
         ({"merge": {"target": "orignal"}}, "merge.target", "did you mean original?"),
     ],
 )

@@ -129,7 +129,7 @@ def test_memory_that_runs_out_in_a_step_changes_no_number(
 @pytest.mark.parametrize(
     "error",
     [
-        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), id="GPU"),
+        pytest.param(torch.AcceleratorError("CUDA error: out of memory"), id="GPU"),
         pytest.param(MemoryError(), id="main", marks=pytest.mark.slow),
     ],
 )

@@ -141,6 +141,23 @@ def test_checkpointing_is_turned_on_where_memory_needs_it(mistral_folder: str) -
     assert memory.with_checkpointing_decided(decided, 16) == decided
 
 
+@pytest.mark.parametrize(
+    ("name", "gib", "checkpointing"),
+    [
+        ("mistral_7b_24gb.yaml", 24, False),
+        ("mistral_7b_24gb.yaml", 12, True),
+        ("mistral_7b_16gb.yaml", 16, False),
+        ("mistral_7b_16gb.yaml", 10, True),
+    ],
+)
+def test_the_mistral_configs_recompute_activations_only_on_cards_that_are_too_small(
+    mistral_folder: str, name: str, gib: int, checkpointing: bool
+) -> None:
+    config = replace(config_from_file(CONFIGS / name), model_name_or_path=mistral_folder)
+    assert config.ppo.gradient_checkpointing is None
+    assert memory.with_checkpointing_decided(config, gib).ppo.gradient_checkpointing is checkpointing
+
+
 def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

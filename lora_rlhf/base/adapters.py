@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_rlhf.config import LoraSettings
 from lora_rlhf.errors import UserError, first_line
+from lora_rlhf.memory_peak import ran_out
 
 WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
 MORE_THAN_LORA = (
@@ -92,6 +93,8 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[LoraConfig, dict[s
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:
+        if ran_out(error):
+            raise
         raise UserError(f"{folder} cannot be read as an adapter: {first_line(error)[:300]}") from None
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():

@@ -45,6 +45,8 @@ def grouped_attention(
     shared = key.shape[1]
     grouped = query.reshape(batch, shared, heads // shared * queries, width)
     scores = (grouped @ key.transpose(2, 3)).view(batch, shared, heads // shared, queries, -1) * scaling
+    if scores.dtype == torch.float16:  # a mask of its smallest number and a low score are -∞, and all of a row NaN
+        scores = scores.float()
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, None]
     probs = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)

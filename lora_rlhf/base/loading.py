@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,15 @@ import torch
 from safetensors import SafetensorError
 
 from lora_rlhf.base.backend_check import reads_causally
+from lora_rlhf.base.devices import check_device, device
 from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
+from lora_rlhf.base.prequantized import NEVER_QUANTIZED, UNGATED_COPIES, checked_quantization, compute_in
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
 from lora_rlhf.data.chat import set_chat_template
 from lora_rlhf.errors import UserError
-from lora_rlhf.memory_peak import return_freed_memory
+from lora_rlhf.memory_peak import ran_out, return_freed_memory
 
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
-
-
-def device() -> torch.device:
-    """Return where models run: the first CUDA device, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolved_model(name: str) -> str:
@@ -37,6 +35,8 @@ def resolved_model(name: str) -> str:
         return str(tiny_model_folder())
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UserError(f"model_name_or_path: no folder {name}")
+    if (Path(name) / "adapter_config.json").is_file():  # transformers would load the base that it names, and add it
+        raise UserError(f"model_name_or_path: {name} is an adapter; name the model that it was trained on")
     _check_kernels(Path(name))
     return name
 
@@ -82,20 +82,46 @@ def load_tokenizer(config: RunConfig, name: str | None = None) -> Any:
     return tokenizer
 
 
+def model_config(config: RunConfig, name: str | None = None, **fields: Any) -> Any:
+    """Return the transformers config of a model, fitted to the run where the weights are quantised already.
+
+    Args:
+        config: the run's config.
+        name: another model than the run's base.
+        fields: of the transformers config, that are set.
+
+    Raises:
+        UserError: it cannot be had, or its weights are quantised in a way that cannot be a base.
+    """
+    from transformers import AutoConfig
+
+    source = resolved_model(name or config.model_name_or_path)
+    with explained(source, config):
+        found = AutoConfig.from_pretrained(
+            source, revision=None if name else config.model_revision, trust_remote_code=False, **fields
+        )
+    if (held := getattr(found, "quantization_config", None)) is not None:
+        found.quantization_config = checked_quantization(source, held, config.load_in_4bit, config.dtype)
+    return found
+
+
 def load_causal_lm(config: RunConfig, name: str | None = None) -> Any:
     """Return the causal language model, in NF4 where the config says so, in eval mode on `device()`.
 
     Raises:
-        UserError: not on the Hub, gated, no network, no 4-bit to be had, or the backend is not installed.
+        UserError: not on the Hub, gated, no network, no 4-bit to be had, the backend is not installed, or the card does
+            not know the dtype.
     """
     from transformers import AutoModelForCausalLM
 
+    check_device(config)
     source = resolved_model(name or config.model_name_or_path)
     revision = None if name else config.model_revision
+    found = model_config(config, name)
     if chosen_backend(config) == "unsloth":
         return _load_with_unsloth(source, revision, config)
     with explained(source, config), quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **quantized_arguments(config))
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **loading_arguments(config, found))
     return _without_mapped_file(_checked(model, config, source)).eval()
 
 
@@ -106,10 +132,12 @@ def load_reward_model(config: RunConfig, pad_token_id: int) -> Any:
     """
     from transformers import AutoModelForSequenceClassification
 
+    check_device(config)
     source = resolved_model(config.model_name_or_path)
+    found = model_config(config, num_labels=1)
     with explained(source, config), quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(
-            source, revision=config.model_revision, num_labels=1, **quantized_arguments(config)
+            source, revision=config.model_revision, **loading_arguments(config, found)
         )
     model.config.pad_token_id = pad_token_id
     torch.nn.init.normal_(model.score.weight, std=1 / (model.config.hidden_size + 1) ** 0.5)
@@ -128,22 +156,31 @@ def load_original_weights(config: RunConfig) -> Any:
         ).eval()  # fmt: skip
 
 
-def quantized_arguments(config: RunConfig) -> dict[str, Any]:
-    """Return the `from_pretrained` arguments of the run's precision: NF4 with double quantisation, or plain."""
+def loading_arguments(config: RunConfig, found: Any) -> dict[str, Any]:
+    """Return the `from_pretrained` arguments of the run's precision.
+
+    That is NF4 with double quantisation, or plain; a checkpoint in 4 bits stays as it is.
+
+    Args:
+        config: the run's config.
+        found: the model's, from `model_config`.
+    """
     dtype = getattr(torch, config.dtype)
     arguments: dict[str, Any] = {
-        "dtype": dtype, "device_map": {"": device()}, "trust_remote_code": False, "use_safetensors": True,
+        "config": found, "dtype": dtype, "device_map": {"": device()}, "trust_remote_code": False,
+        "use_safetensors": True,
     }  # fmt: skip
     if config.load_in_4bit:
+        check_4bit()
+    if config.load_in_4bit and getattr(found, "quantization_config", None) is None:
         from transformers import BitsAndBytesConfig
 
-        check_4bit()
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head", "score"],
+            llm_int8_skip_modules=list(NEVER_QUANTIZED),
         )
     return arguments
 
@@ -194,13 +231,27 @@ def _load_with_unsloth(source: str, revision: str | None, config: RunConfig) -> 
 
 
 def _checked(model: Any, config: RunConfig, source: str) -> Any:
-    """Return `model` after making sure that it is truly in 4 bits, and that it stays differentiable on the CPU."""
+    """Return `model` after making sure that it is truly in 4 bits, and that it stays differentiable on the CPU.
+
+    In float16 also that no number of it was too large.
+    """
+    if config.dtype == "float16":
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float16 and not bool(torch.isfinite(parameter).all()):
+                raise UserError(
+                    f"dtype: {name} of {source} holds numbers beyond float16's 65504; set dtype: float32, or use a "
+                    "card that has bfloat16"
+                )
     if not config.load_in_4bit:
         return model
     import bitsandbytes
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    whole = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and not n.endswith(("lm_head", "score"))]
+    meant = getattr(getattr(model.config, "quantization_config", None), "llm_int8_skip_modules", None) or []
+    meant = [*meant, *NEVER_QUANTIZED]  # a checkpoint may leave some of its layers whole
+    linear = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+    whole = [n for n in linear if should_convert_module(n, meant)]
     packed = [m for m in layers if m.weight.dtype == torch.uint8 and m.weight.quant_state is not None]
     if not layers or whole or len(packed) != len(layers):
         raise UserError(
@@ -210,6 +261,7 @@ def _checked(model: Any, config: RunConfig, source: str) -> Any:
         # On the CPU, bitsandbytes repacks a weight at its first forward without gradient, for a kernel that has no
         # backward: gradients after the first rollout would be silently wrong.
         layer.support_avx512bf16_for_cpu = False
+        compute_in(layer, getattr(torch, config.dtype))
     return model
 
 
@@ -226,16 +278,19 @@ def _without_mapped_file(model: Any) -> Any:
 @contextlib.contextmanager
 def explained(source: str, config: RunConfig) -> Iterator[None]:
     """Turn what transformers and the Hub raise while loading `source` into a `UserError` that says what to do."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         yield
     except Exception as error:
         known = isinstance(error, OSError | ValueError | httpx.HTTPError | SafetensorError)
-        ours = isinstance(
-            error, UserError | ImportError | MemoryError | torch.OutOfMemoryError | torch.AcceleratorError
-        )
-        if not known and (ours or not Path(source).is_dir()):  # a damaged folder may raise anything
+        ours = isinstance(error, UserError | ImportError | torch.AcceleratorError)
+        if ran_out(error) or (not known and (ours or not Path(source).is_dir())):  # a damaged folder may raise anything
             raise
         chain: list[BaseException] = []
         link: BaseException | None = error
@@ -245,10 +300,14 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
         text = " ".join(str(error).split())[:300] or type(error).__name__
         if any(isinstance(e, GatedRepoError) for e in chain):
             advice = f"{source} is gated: accept its terms on its Hub page, then run `hf auth login`"
+            if copy := UNGATED_COPIES.get(source):
+                advice += f". {copy} is a copy of it in 4 bits that is not gated; name that instead"
         elif any(isinstance(e, RevisionNotFoundError) for e in chain):
             advice = f"model_revision: {source} has no revision {config.model_revision}"
         elif any(isinstance(e, RepositoryNotFoundError) for e in chain):
             advice = f"{source} is not on the Hub (or is private: `hf auth login`); check model_name_or_path"
+        elif any(isinstance(e, RemoteEntryNotFoundError) for e in chain):
+            advice = f"{source} on the Hub is no model that transformers loads (an adapter? another format?): {text}"
         elif Path(source).is_dir():
             advice = f"{source} holds no model that transformers can load: {text}"
         elif isinstance(error, OSError | httpx.HTTPError):
@@ -264,7 +323,7 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' progress bars and load reports."""
+    """Hold back transformers' progress bars and load reports; an error takes along what a report would have told."""
     from transformers.utils import logging as hf_logging
 
     level, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
@@ -274,7 +333,23 @@ def quiet_transformers() -> Iterator[None]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         yield
+    except RuntimeError as error:
+        if cause := _first_conversion_error(error):
+            error.add_note(cause)
+        raise
     finally:
         hf_logging.set_verbosity(level)
         if shown:
             hf_logging.enable_progress_bar()
+
+
+def _first_conversion_error(error: RuntimeError) -> str | None:
+    """Return what went wrong with the first weight that transformers could not convert, or none.
+
+    It keeps such errors, memory that ran out too, for a report in its log, and raises one that only points there.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        kept = getattr(frame.f_locals.get("loading_info"), "conversion_errors", None)
+        if kept:
+            return str(next(iter(kept.values())))
+    return None

@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_rlhf.base.lean_layers import add_low_rank, lora_linear, make_norms_and_mlps_lean
+from lora_rlhf.free_memory import free_bytes
 
 
 class FrozenLinear:
@@ -195,9 +195,7 @@ class RoleLayers:
 
     def has_room_for_copy(self) -> bool:
         """Return whether free memory is at least twice what a working copy takes."""
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[0] > 2 * self.copy_bytes()
-        return psutil.virtual_memory().available > 2 * self.copy_bytes()
+        return free_bytes(self.device) > 2 * self.copy_bytes()
 
     def give_up_copy(self) -> None:
         """Go back to the layers' own weights; not while a role is folded in."""

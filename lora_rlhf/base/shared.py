@@ -301,7 +301,7 @@ class SharedBase:
         return min((int(match[1]) if match else 0) for match in found)
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which float32 adapters compute in bfloat16, where that is the compute dtype."""
+        """Return the context in which float32 adapters compute in 16 bits, where the compute dtype has as many."""
         half = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype if half else torch.bfloat16, enabled=half)
 

@@ -18,6 +18,7 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.answers import GivenAnswers, kl_to_base
 from lora_rlhf.evaluation.arms import bad_word_pattern
 from lora_rlhf.evaluation.loaded_arms import LoadedArm
+from lora_rlhf.memory_peak import ran_out
 from lora_rlhf.ppo.decoding import stop_position
 from lora_rlhf.reward.sources import Answers, CombinedReward
 
@@ -202,6 +203,8 @@ class ChatComparison:
         try:
             self._score({"base": [{"role": "user", "content": "Q"}]}, {"base": Answer("A", ended=True, finished=True)})
         except Exception as error:  # whatever a reward function raises
+            if ran_out(error):
+                raise
             self.reward = self.score_unit = None
             return f"{type(error).__name__}: {error}"
         return None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from lora_rlhf.base.devices import with_fast_dtype
 from lora_rlhf.chat.comparison import ChatComparison
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file
@@ -26,7 +27,7 @@ def run_comparison(run: Path, context: int, most_tokens: int) -> ChatComparison:
             f"account needed; `--config recipes/configs/tiny.yaml` for one in a minute), or name what is to be "
             f"compared: --base NAME --instruct NAME --plus NAME"
         )
-    config = config_from_file(run / "config.yaml")
+    config = with_fast_dtype(config_from_file(run / "config.yaml"))
     arms = run_arms(config, run)
     reward = run_reward(config, arms["base"].base, run)
     words = config.compare.bad_words_file
@@ -41,6 +42,7 @@ def named_comparison(
     Raises:
         UserError: a model, adapter or reward that cannot be loaded.
     """
+    config = with_fast_dtype(config)
     arms = named_arms(config, names)
     combined = None
     if reward is not None:

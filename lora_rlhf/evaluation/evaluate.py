@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lora_rlhf.base.devices import with_fast_dtype
 from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file
@@ -51,7 +52,7 @@ def evaluate(
         )
     if run is not None:
         config = config_from_file(run / "config.yaml")
-    config = config or RunConfig()
+    config = with_fast_dtype(config or RunConfig())
     heading("arms", "loaded on one shared base where they are adapters")
     arms = named_arms(config, models) if models else run_arms(config, settings.output_dir)
     for arm in arms.values():

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.errors import UserError
-from lora_rlhf.memory_peak import ran_out, return_freed_memory
+from lora_rlhf.memory_peak import device_answers, ran_out, return_freed_memory
 from lora_rlhf.terminal import note
 
 Result = TypeVar("Result")
@@ -37,7 +37,7 @@ class BatchSizes:
             work: must come to the same result whatever the size, and however often it was begun.
 
         Raises:
-            UserError: memory runs out at size 1.
+            UserError: memory runs out at size 1, or the card can no longer be used.
         """
         while True:
             size = self.sizes[name]
@@ -47,6 +47,11 @@ class BatchSizes:
                 if not ran_out(error):
                     raise
             # out here no traceback holds what was computed
+            if not device_answers():
+                raise UserError(
+                    f"out of memory with ppo.{name} {size}, and CUDA gives no answer since: this process has to be "
+                    f"started again. The same command goes on from the last checkpoint; a smaller ppo.{name} needs less"
+                )
             if self.relief():
                 note("  out of memory: from here on without the 16-bit working copy, which is slower")
             elif size == 1:

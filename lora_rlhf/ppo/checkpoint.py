@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lora_rlhf.checkpoint_folders import readable
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import check_checkpoint_config, config_to_mapping, lasting_fields
-from lora_rlhf.ppo.optimization import load_adam
+from lora_rlhf.ppo.optimization import LossScale, load_adam
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.reward.sources import ScoreScale
 from lora_rlhf.run import package_versions
@@ -50,6 +50,7 @@ def write_trainer(trainer: PpoTrainer, config: RunConfig, metrics_file: Path, fo
         "expand_weights": trainer.sampling.expand_weights,
         "batch_sizes": trainer.batches.sizes,
         "guards": asdict(trainer.guards),
+        "loss_scale": asdict(trainer.loss_scale),
         "scheduler": trainer.scheduler.state_dict(),
         "optimizer_groups": _plain_groups(trainer.optimizer),
         "optimizer_numbers": others,
@@ -112,6 +113,8 @@ def _restore(trainer: PpoTrainer, state: Mapping[str, Any], found: Mapping[str, 
     trainer.sampling = replace(trainer.sampling, expand_weights=state["expand_weights"])
     trainer.batches.sizes |= state["batch_sizes"]
     trainer.guards = type(trainer.guards)(**state["guards"])
+    if "loss_scale" in state:  # not in checkpoints that were written before there was one
+        trainer.loss_scale = LossScale(**state["loss_scale"])
     random_tensors = found[RANDOM]
     trainer.generator.set_state(random_tensors["sampling"])
     torch.set_rng_state(random_tensors["torch"])

@@ -51,6 +51,25 @@ class Guards:
         )
 
 
+@dataclass(frozen=True)
+class Answered:
+    """The last step's prompts (as numbers of the training pairs), answers and scores; none of them where it failed.
+
+    Attributes:
+        chosen: which pairs.
+        texts: the answers.
+        scores: normalised; empty where there are none.
+        random_state: of the sampling generator, uint8, before the step drew from it.
+        order: of the prompts to come, before the step took its own.
+    """
+
+    chosen: list[int]
+    texts: list[str]
+    scores: list[float]
+    random_state: torch.Tensor
+    order: list[int]
+
+
 def check_finite(**tensors: torch.Tensor) -> None:
     """Raise `NotFinite`, with the name, where a tensor holds NaN or infinity."""
     for name, tensor in tensors.items():

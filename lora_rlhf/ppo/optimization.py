@@ -1,7 +1,10 @@
-"""PPO's optimizer and its learning rate."""
+"""PPO's optimizer, its learning rate, and the loss scale of float16."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,3 +43,78 @@ def learning_rate_share(step: int, total: int, warmup_ratio: float) -> float:
     """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, then down to 0 at `total`."""
     warmup = round(warmup_ratio * total)
     return (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))
+
+
+FIRST_SCALE, LARGEST_SCALE, FINITE_BEFORE_GROWTH = 2.0**16, 2.0**24, 200
+
+
+@dataclass
+class LossScale:
+    """What a loss is multiplied by before backward; its gradients are divided by it afterwards, in float32.
+
+    Float16 has no numbers below 6e-8, where many gradients are, and none above 65504. So the scale is as large as it
+    can be: it is halved where a gradient overflows, and doubled after `FINITE_BEFORE_GROWTH` that did not (Micikevicius
+    et al. 2018). It is a power of two, which rounds nothing. Other dtypes have the exponents of float32: it stays 1.
+
+    Attributes:
+        adapts: whether it changes.
+        scale: the factor.
+        finite: gradients in a row that did not overflow.
+    """
+
+    adapts: bool = False
+    scale: float = 1.0
+    finite: int = 0
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> LossScale:
+        """Return the scale with which training in `dtype` begins."""
+        return cls(True, FIRST_SCALE) if dtype == torch.float16 else cls()
+
+    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Divide the gradients, where there are any, by the scale."""
+        if gradients := [p.grad for p in parameters if p.grad is not None and self.scale != 1]:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+
+    def shrink(self) -> bool:
+        """Halve the scale after an overflow; return whether there is a smaller one to try."""
+        self.finite = 0
+        if not self.adapts or self.scale <= 1:
+            return False
+        self.scale /= 2
+        return True
+
+    def note_finite(self) -> None:
+        """Count a gradient that did not overflow."""
+        self.finite += 1
+        if self.adapts and self.finite >= FINITE_BEFORE_GROWTH and self.scale < LARGEST_SCALE:
+            self.scale, self.finite = 2 * self.scale, 0
+
+
+def clipped_gradients(
+    minibatch: Callable[[], dict[str, float]],
+    parameters: Sequence[torch.nn.Parameter],
+    max_norm: float,
+    loss_scale: LossScale,
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Leave the clipped gradient of a minibatch in its parameters; return its numbers and the norm before clipping.
+
+    Where float16 overflows, the same minibatch is tried again with a smaller scale, so that none is lost. What is not
+    finite in the forward pass, or at scale 1 either, is no fault of the scale, which is then left as it was.
+
+    Args:
+        minibatch: takes the gradient of the scaled loss, anew each time, and returns the numbers of its forward pass.
+        parameters: all that learn.
+        max_norm: of the gradient.
+        loss_scale: is changed.
+    """
+    first = loss_scale.scale
+    while True:
+        numbers = minibatch()
+        loss_scale.unscale(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        if not loss_scale.adapts or bool(torch.isfinite(norm)):
+            return numbers, norm
+        if not all(map(math.isfinite, numbers.values())) or not loss_scale.shrink():
+            loss_scale.scale = first
+            return numbers, norm

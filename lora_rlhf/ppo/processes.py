@@ -19,6 +19,7 @@ import torch
 
 from lora_rlhf.base.packing import left_padded
 from lora_rlhf.errors import UserError
+from lora_rlhf.memory_peak import ran_out
 from lora_rlhf.ppo.rollout import Rollout
 from lora_rlhf.ppo.scoring import Scored
 
@@ -208,7 +209,7 @@ def words_for_the_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if lost := lost_process(error):
+        if not ran_out(error) and (lost := lost_process(error)):
             raise lost from None
         raise
 

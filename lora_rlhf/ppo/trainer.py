@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -18,13 +18,13 @@ from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.errors import NotFinite
-from lora_rlhf.memory_peak import peak_memory_gib, trim_heap
+from lora_rlhf.memory_peak import peak_memory_gib, ran_out, trim_heap
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
 from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.decoding import Sampling
-from lora_rlhf.ppo.guards import Guards, check_finite, repetition
+from lora_rlhf.ppo.guards import Answered, Guards, check_finite, repetition
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
-from lora_rlhf.ppo.optimization import adam, learning_rate_share
+from lora_rlhf.ppo.optimization import LossScale, adam, clipped_gradients, learning_rate_share
 from lora_rlhf.ppo.processes import Processes
 from lora_rlhf.ppo.rollout import Rollout, sampled_answers
 from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, state_values, with_rewards
@@ -33,25 +33,6 @@ from lora_rlhf.reward.sources import AdapterReward, CombinedReward
 Metrics = dict[str, float]
 LEARNED = ("policy_loss", "clip_fraction", "ratio", "update_kl", "ratio_deviation", "value_loss", "value_clip_fraction")
 """What a minibatch's update is measured by."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The last step's prompts (as numbers of the training pairs), answers and scores; none of them where it failed.
-
-    Attributes:
-        chosen: which pairs.
-        texts: the answers.
-        scores: normalised; empty where there are none.
-        random_state: of the sampling generator, uint8, before the step drew from it.
-        order: of the prompts to come, before the step took its own.
-    """
-
-    chosen: list[int]
-    texts: list[str]
-    scores: list[float]
-    random_state: torch.Tensor
-    order: list[int]
 
 
 class PpoTrainer:
@@ -110,6 +91,7 @@ class PpoTrainer:
             {"params": self.parameters[VALUE], "lr": settings.value_learning_rate or settings.learning_rate},
         ]
         self.optimizer = adam(groups, settings.optim)
+        self.loss_scale = LossScale.of(base.compute_dtype)
         # 16. the learning rate is annealed to 0
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_share(step, settings.total_steps, settings.warmup_ratio)
@@ -190,7 +172,9 @@ class PpoTrainer:
             if self.sampling.expand_weights:
                 try:
                     held.enter_context(self.base.layers.working_copy())
-                except torch.OutOfMemoryError:
+                except Exception as error:
+                    if not ran_out(error):
+                        raise
                     self._give_up_copy()
             yield
 
@@ -275,6 +259,8 @@ class PpoTrainer:
             "seconds_score": scored_at - sampled,
             "seconds_update": ended - scored_at,
         }
+        if self.loss_scale.adapts:
+            metrics["loss_scale"] = self.loss_scale.scale
         metrics |= {f"score/{name}": raw.mean().item() for name, raw in scored.raw_scores.items()}
         self.kl.update(answer_kl, s.batch_size)  # 17.
         self.stopped_early = self.guards.note_taken(s, bool(learning["update_stopped"]))
@@ -313,22 +299,26 @@ class PpoTrainer:
                 order = torch.randperm(len(rollout.texts), generator=self.generator)  # 18.
                 for rows in order.chunk(s.num_mini_batches):
                     part = rows.to(self.base.device)
-                    now = self.batches.within_memory(
-                        "micro_batch_size",
-                        partial(self._accumulate, rollout, scored, advantages, returns, part, warming),
-                    )
-                    self.processes.sum_gradients(everything)
-                    now = self.processes.sum_numbers(now, largest=("ratio_deviation",))
+                    accumulate = partial(self._accumulate, rollout, scored, advantages, returns, part, warming)
+                    minibatch = partial(self._summed_gradients, accumulate, everything)
+                    now, norm = clipped_gradients(minibatch, everything, s.max_grad_norm, self.loss_scale)
                     if not history:
                         first_ratio = now["ratio_deviation"]  # 19.
                     history.append(now)
                     if s.update_kl_limit is not None and now["update_kl"] > s.update_kl_limit:
                         return self._summary(history, first_ratio, stopped=1.0)
-                    norm = torch.nn.utils.clip_grad_norm_(everything, s.max_grad_norm)
                     now["grad_norm"] = norm.item()
                     check_finite(gradient=norm)
                     self.optimizer.step()
+                    self.loss_scale.note_finite()
         return self._summary(history, first_ratio, stopped=0.0)
+
+    def _summed_gradients(
+        self, accumulate: Callable[[int], Metrics], parameters: Sequence[torch.nn.Parameter]
+    ) -> Metrics:
+        now = self.batches.within_memory("micro_batch_size", accumulate)
+        self.processes.sum_gradients(parameters)
+        return self.processes.sum_numbers(now, largest=("ratio_deviation",))
 
     def _accumulate(
         self,
@@ -373,7 +363,7 @@ class PpoTrainer:
                 deviation = ((ratio - 1).abs() * action).max().item()
             if own_value:
                 if not warming:
-                    learned.backward()
+                    (self.loss_scale.scale * learned).backward()
                 del hidden, logprobs, loss, learned
                 hidden, learned = self.base.hidden(VALUE, ids, mask, common), 0.0
             elif warming:
@@ -382,7 +372,7 @@ class PpoTrainer:
             loss, clipped = value_loss(
                 values, scored.values[micro], returns[micro], state_mask, s.cliprange_value
             )  # 13.
-            (learned + s.vf_coef * loss * state_share).backward()
+            (self.loss_scale.scale * (learned + s.vf_coef * loss * state_share)).backward()
             now |= {"value_loss": loss.item() * state_share, "value_clip_fraction": clipped.item() * state_share}
             sums = {name: sums[name] + value for name, value in now.items()} | {
                 "ratio_deviation": max(sums["ratio_deviation"], deviation)

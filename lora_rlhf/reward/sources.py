@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from lora_rlhf.base.loading import explained, quantized_arguments, quiet_transformers, resolved_model
+from lora_rlhf.base.devices import device
+from lora_rlhf.base.loading import explained, quiet_transformers, resolved_model
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import Message
@@ -266,8 +267,10 @@ def _classifier(config: RunConfig, path: str, name: str, weight: float, where: s
         raise UserError(f"{where}: {str(error).removeprefix('model_name_or_path: ')}") from None
     with explained(source, config), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        arguments = {**quantized_arguments(config), "quantization_config": None}
-        model = AutoModelForSequenceClassification.from_pretrained(source, **arguments).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=getattr(torch, config.dtype), device_map={"": device()}, trust_remote_code=False,
+            use_safetensors=True,
+        ).eval()  # fmt: skip
     if model.config.num_labels != 1:
         raise UserError(f"{path} has {model.config.num_labels} outputs; a reward model has one")
     if tokenizer.pad_token is None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.model_config import model_config
+from lora_rlhf.base.known_shapes import shape_config
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.preferences import PreferencePair
@@ -60,7 +60,7 @@ def shapes_trainer(config: RunConfig) -> PpoTrainer:
 def _causal_lm(config: RunConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
-    found = model_config(config)
+    found = shape_config(config)
     found._attn_implementation = "sdpa"
     model = AutoModelForCausalLM.from_config(found, dtype=getattr(torch, config.dtype)).eval()
     if config.load_in_4bit:

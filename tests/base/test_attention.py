@@ -42,6 +42,15 @@ def test_it_equals_transformers_plain_attention_with_gradients(queries: int, key
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_low_scores_in_a_row_that_is_masked_as_a_whole_are_no_nan_in_float16() -> None:
+    """The mask is the smallest number of the dtype; transformers' own attention has infinity there, and then NaN."""
+    q, k, v = torch.full((1, 2, 3, 8), 8.0), torch.full((1, 1, 3, 8), -8.0), torch.ones(1, 1, 3, 8)
+    mask = torch.full((1, 1, 3, 3), torch.finfo(torch.float16).min).triu(1).half()
+    mask[..., 0, :] = torch.finfo(torch.float16).min  # the first token is padding
+    out, _ = grouped_attention(None, q.half(), k.half(), v.half(), mask, scaling=8**-0.5)
+    torch.testing.assert_close(out, torch.ones(1, 3, 2, 8).half(), rtol=1e-3, atol=0)
+
+
 def test_a_shared_base_on_the_cpu_uses_it_and_gives_the_same_logits(
     make_base: Callable[..., SharedBase], make_config: Callable[..., RunConfig]
 ) -> None:

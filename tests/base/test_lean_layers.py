@@ -74,7 +74,7 @@ def test_the_gradients_of_norm_and_gate_are_right() -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_stock_modules_made_lean_give_the_same_numbers(dtype: torch.dtype) -> None:
     config = MistralConfig(hidden_size=16, intermediate_size=24)
     block = nn.ModuleDict({"mlp": MistralMLP(config), "norm": MistralRMSNorm(16)}).to(dtype).requires_grad_(False)
@@ -85,6 +85,20 @@ def test_stock_modules_made_lean_give_the_same_numbers(dtype: torch.dtype) -> No
     torch.testing.assert_close(block["mlp"](block["norm"](x)), before)
     with_grad = block["mlp"](block["norm"](x.requires_grad_()))
     torch.testing.assert_close(with_grad, before)
+
+
+def test_what_overflows_in_float16_shows_in_every_gradient() -> None:
+    """A loss scale can only be halved where infinity arrives; a number that stopped at 65504 would be learnt from."""
+    x, w, a, b = (randn(*shape).half() for shape in ((8, 6), (4, 6), (2, 6), (4, 2)))
+    up, gate, weight = randn(8, 6).half(), randn(8, 6).half(), randn(6).half()
+    for scale, overflows in ((1.0, False), (6e4, True)):
+        inputs = [t.clone().requires_grad_() for t in (x, a, b, gate, up)]
+        y = lora_linear(rms_norm(inputs[0], weight, 1e-5), lambda: w, None, (inputs[1], inputs[2], 1.5))
+        y.backward(torch.full_like(y, scale))
+        z = swiglu(inputs[3], inputs[4])
+        z.backward(torch.full_like(z, scale))
+        for tensor in inputs:
+            assert tensor.grad is not None and bool(tensor.grad.isfinite().all()) != overflows
 
 
 def test_a_forward_that_somebody_else_put_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:

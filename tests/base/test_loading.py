@@ -297,7 +297,7 @@ def test_what_the_hub_refuses_becomes_advice(
     def from_pretrained(*_: Any, **__: Any) -> None:
         raise as_transformers_wraps_it(raised) if wrapped else raised
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
     with pytest.raises(UserError, match=advice) as error:
         load_causal_lm(make_config(model_name_or_path="some/model", model_revision="v9"))
     assert "some/model" in str(error.value)

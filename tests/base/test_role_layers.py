@@ -165,7 +165,7 @@ def test_sixteen_bit_models_are_copied_only_where_a_role_is_folded_in(
 def test_room_is_asked_of_the_system(make_base: MakeBase, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = copy.copy(make_base().layers)
     free = 3 * layers.copy_bytes()
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
+    monkeypatch.setattr("lora_rlhf.base.role_layers.free_bytes", lambda device: free)
     assert isinstance(layers, RoleLayers) and layers.has_room_for_copy()
     free = layers.copy_bytes()
     assert not layers.has_room_for_copy()

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lora_rlhf_demo.page import words_for_failure
 from lora_rlhf_demo.session import ChatSessions
 from served_page import Served, eventually
 from visitor import Visitor, playwright
@@ -172,6 +174,14 @@ def test_an_error_of_the_model_leaves_the_page_usable(
         visitor.wait_for("Something went wrong here")
         assert "secret" not in visitor.tab.content()
     visitor.ask("And mint?")
+
+
+def test_what_a_visitor_is_told_of_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert words_for_failure(RuntimeError("secret")).startswith("Something went wrong here")
+    full = torch.AcceleratorError("CUDA error: out of memory")
+    assert words_for_failure(full).startswith("Memory ran out over this")
+    monkeypatch.setattr("lora_rlhf_demo.page.device_answers", lambda: False)
+    assert "has to start it again" in words_for_failure(full)
 
 
 def test_tabs_keep_their_own_conversations(visit: Callable[..., Visitor], served: Served) -> None:

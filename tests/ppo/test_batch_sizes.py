@@ -21,8 +21,13 @@ def test_sizes_are_no_larger_than_the_batch() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-    ids=["cuda", "cpu"],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["torch's allocator", "CUDA", "cuBLAS", "CPU"],
 )
 def test_the_size_is_halved_until_the_work_is_done_and_stays(error: Exception) -> None:
     batches, tried = BatchSizes(PpoSettings(batch_size=64, micro_batch_size=8)), []
@@ -50,6 +55,20 @@ def test_at_size_1_the_run_ends_with_advice_and_other_errors_pass() -> None:
         batches.within_memory("micro_batch_size", full)
     with pytest.raises(RuntimeError, match="shapes differ"):
         batches.within_memory("micro_batch_size", broken)
+
+
+def test_a_card_that_no_longer_answers_ends_the_run_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying again would fail with another error, which says nothing of memory."""
+    batches, tried = BatchSizes(PpoSettings(micro_batch_size=8)), []
+    monkeypatch.setattr("lora_rlhf.ppo.batch_sizes.device_answers", lambda: False)
+
+    def work(size: int) -> None:
+        tried.append(size)
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    with pytest.raises(UserError, match=r"this process has to be started again\. The same command goes on"):
+        batches.within_memory("micro_batch_size", work)
+    assert tried == [8]
 
 
 @pytest.mark.parametrize(
@@ -108,15 +127,18 @@ def test_a_working_copy_is_given_up_before_a_batch_shrinks(
     assert found["policy_loss"] == pytest.approx(expected["policy_loss"], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA driver error: out of memory")]
+)
 def test_a_working_copy_that_finds_no_room_is_done_without(
-    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     trainer = make_trainer(expand_weights=True)
     rolled, copies = trainer._rollout, trainer.base.layers.working_copy
 
     def full(folded_role: str | None = None) -> Any:
         if folded_role is None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return copies(folded_role)
 
     monkeypatch.setattr(trainer.base.layers, "working_copy", full)

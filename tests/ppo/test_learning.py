@@ -43,22 +43,24 @@ class TokenCount:
 
 
 @pytest.mark.parametrize(
-    ("seed", "fast_paths"),
+    ("seed", "dtype", "fast_paths"),
     [
-        (0, {"expand_weights": True}),
-        (1, {"expand_weights": True}),
-        (2, {"expand_weights": True}),
-        (0, {"expand_weights": False, "sampler_correction": None}),
-        (1, {"value_model": "head"}),
-        (2, {"mixed_adapter_scoring": True, "gradient_checkpointing": True, "rollout_batch_size": 24}),
+        (0, "float32", {"expand_weights": True}),
+        (1, "float32", {"expand_weights": True}),
+        (2, "float32", {"expand_weights": True}),
+        (0, "float32", {"expand_weights": False, "sampler_correction": None}),
+        (1, "float32", {"value_model": "head"}),
+        (2, "float32", {"mixed_adapter_scoring": True, "gradient_checkpointing": True, "rollout_batch_size": 24}),
+        pytest.param(0, "bfloat16", {}, marks=pytest.mark.slow),
+        *(pytest.param(seed, "float16", {}, marks=pytest.mark.slow) for seed in range(3)),
     ],
 )
 def test_ppo_learns_to_say_what_is_paid_for(
-    make_config: Callable[..., RunConfig], tokenizer: Any, seed: int, fast_paths: dict[str, Any]
+    make_config: Callable[..., RunConfig], tokenizer: Any, seed: int, dtype: str, fast_paths: dict[str, Any]
 ) -> None:
-    config = make_config(ppo=SETTINGS | fast_paths)
+    config = make_config(ppo=SETTINGS | fast_paths, dtype=dtype)
     torch.manual_seed(seed)
-    base = SharedBase(load_causal_lm(config), lora_config(config.lora), torch.float32)
+    base = SharedBase(load_causal_lm(config), lora_config(config.lora), getattr(torch, dtype))
     prompts = [prompt_ids(tokenizer, pair.messages) for pair in PAIRS] * 32
     sampling = Sampling(LENGTH, config.ppo.temperature)
 
@@ -72,6 +74,6 @@ def test_ppo_learns_to_say_what_is_paid_for(
 
     trainer = PpoTrainer(base, tokenizer, PAIRS, CombinedReward([TokenCount(paid)]), config.ppo, seed)
     for _ in range(config.ppo.total_steps):
-        trainer.step()
+        assert "skipped" not in trainer.step()
     assert (said(POLICY) == paid).float().mean() >= 0.9
     assert (said(REFERENCE) == paid).float().mean() < 0.1

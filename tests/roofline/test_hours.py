@@ -12,7 +12,7 @@ import pytest
 from recipe_runs import ROOT
 
 from lora_rlhf import memory
-from lora_rlhf.base.model_config import SHIPPED, SMOLLM2_135M
+from lora_rlhf.base.known_shapes import SHIPPED, SMOLLM2_135M
 from lora_rlhf.config import CompareSettings, LoraSettings, PpoSettings, RewardSettings, RunConfig, SftSettings
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.errors import UserError

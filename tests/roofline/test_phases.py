@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_rlhf.base.model_config import MISTRAL_7B, SHIPPED
+from lora_rlhf.base.known_shapes import MISTRAL_7B, SHIPPED
 from lora_rlhf.config import LoraSettings, PpoSettings, RunConfig
 from lora_rlhf.memory_plan import Planner, model_shape
 from lora_rlhf.roofline.cards import CARDS, card_named

@@ -1,10 +1,10 @@
-"""A model's config without its weights; that of the models which the shipped configs name needs no network."""
+"""The shape of a model, as its config describes it; that of the models in the shipped configs needs no network."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lora_rlhf.base.loading import explained, resolved_model
+from lora_rlhf.base.loading import model_config
 from lora_rlhf.config import EMBEDDED, RunConfig
 
 MISTRAL_7B: dict[str, Any] = {
@@ -27,16 +27,14 @@ SHIPPED = {
 """What decides on shapes in the `config.json` of each model on the Hub; `embedded` is SmolLM2-135M-Instruct."""
 
 
-def model_config(config: RunConfig) -> Any:
-    """Return transformers' config of the run's base; nothing else of the model is read.
+def shape_config(config: RunConfig) -> Any:
+    """Return a transformers config with the shape of the run's base; nothing else of the model is read.
 
     Raises:
-        UserError: the model's config cannot be had.
+        UserError: the model's config cannot be had, or its weights are quantised in a way that cannot be a base.
     """
     from transformers import AutoConfig
 
     if config.model_revision is None and (known := SHIPPED.get(config.model_name_or_path)):
         return AutoConfig.for_model(**known)
-    source = resolved_model(config.model_name_or_path)
-    with explained(source, config):
-        return AutoConfig.from_pretrained(source, revision=config.model_revision, trust_remote_code=False)
+    return model_config(config)
