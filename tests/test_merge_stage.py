@@ -1,0 +1,93 @@
+"""The merge stage: what it leaves where the base has original weights and where it has none, shards, and its memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipe_runs import TINY, assert_one_line_of_error
+from transformers import pipeline
+
+from lora_rlhf.base import shard_files
+from lora_rlhf.base.original_weights import NoOriginalWeights
+from lora_rlhf.run import run_summary
+
+Recipe = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def unmerged(run_folder: Path, tmp_path: Path) -> Path:
+    """A run whose merge stage has yet to come."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    shutil.rmtree(folder / "merged")
+    summary = run_summary(folder)
+    del summary["seconds"]["merge"], summary["merge"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def merge(recipe: Recipe, folder: Path, *options: str) -> tuple[int, str]:
+    return recipe("merge_lora.py", *TINY, "--output_dir", str(folder), *options)
+
+
+@pytest.mark.parametrize("target", ["original", "dequantized"])
+def test_both_drifts_are_measured_and_one_model_is_kept(
+    recipe: Recipe, unmerged: Path, run_folder: Path, target: str
+) -> None:
+    status, printed = merge(recipe, unmerged, "--merge.target", target)
+    assert status == 0, printed
+    ours, whole = (run_summary(folder)["merge"] for folder in (unmerged, run_folder))
+    assert ours == whole | {"target": target} and list(ours["drift"]) == ["original", "dequantized"]
+    same = (unmerged / "merged/model.safetensors").read_bytes() == (
+        run_folder / "merged/model.safetensors"
+    ).read_bytes()
+    assert same == (target == "dequantized")
+
+
+def test_a_base_without_original_weights_is_merged_into_the_dequantized_ones_alone(
+    recipe: Recipe, unmerged: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> None:
+        raise NoOriginalWeights("somewhere holds them in quantised form alone")
+
+    monkeypatch.setattr("lora_rlhf.stages.original_weights", none)
+    refused = merge(recipe, unmerged, "--merge.target", "original")
+    assert_one_line_of_error(*refused, "merge.target: somewhere holds", "set merge.target: dequantized")
+    status, printed = merge(recipe, unmerged)
+    assert status == 0 and "not measured: somewhere holds" in printed, printed
+    drift = run_summary(run_folder)["merge"]["drift"]["dequantized"]
+    assert run_summary(unmerged)["merge"] == {"target": "dequantized", "drift": {"dequantized": drift}}
+    assert (unmerged / "merged/model.safetensors").is_file()
+
+
+def test_a_target_that_the_published_base_cannot_have_is_refused_before_any_work(
+    recipe: Recipe, cache: Path, tmp_path: Path, make_config: Callable[..., Any]
+) -> None:
+    from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+
+    config = make_config()
+    load_causal_lm(config).save_pretrained(tmp_path / "four bits")
+    load_tokenizer(config).save_pretrained(tmp_path / "four bits")
+    options = ["--model_name_or_path", str(tmp_path / "four bits"), "--merge.target", "original"]
+    refused = recipe("direct_rlhf_lora.py", *TINY, *options, "--output_dir", str(tmp_path / "run"))
+    assert_one_line_of_error(*refused, "merge.target:", "quantised as it is published", "merge.target: dequantized")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_large_model_is_left_in_shards_and_chats(
+    recipe: Recipe, unmerged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_files, "SHARD_BYTES", 100_000)
+    status, printed = merge(recipe, unmerged)
+    assert status == 0, printed
+    names = {path.name for path in (unmerged / "merged").iterdir()}
+    assert "model.safetensors" not in names and "model.safetensors.index.json" in names
+    assert len([name for name in names if name.startswith("model-")]) > 2
+    chat = pipeline("text-generation", model=str(unmerged / "merged"))
+    assert isinstance(chat([{"role": "user", "content": "Hi"}])[0]["generated_text"][-1]["content"], str)
+    assert merge(recipe, unmerged)[1].count("done before") == 1
