@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 
 from lora_rlhf.errors import UserError
 
@@ -77,7 +76,7 @@ def run_recipe(main: Callable[[], None], again: str = AGAIN) -> None:
     except UserError as error:
         _print_error(f"error: {error}")
         sys.exit(2)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         if not _is_of_the_disk(error):
             raise
         what = getattr(error, "filename", None) or "a file"
@@ -102,7 +101,10 @@ def _print_error(text: str) -> None:
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Return whether a file could not be written for want of room, or of leave."""
+    """Return whether a file could not be written for want of room, or of leave.
+
+    What is written in Rust (safetensors, tokenizers) has errors of other classes, some of them bare `Exception`.
+    """
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in numbers

@@ -1,18 +1,21 @@
-"""The merge stage: what it leaves where the base has original weights and where it has none, shards, and its memory."""
+"""The merge stage: what it leaves with and without original weights, shards, and what memory it takes."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_runs import TINY, assert_one_line_of_error
+from recipe_runs import ROOT, TINY, assert_one_line_of_error
 from transformers import pipeline
 
 from lora_rlhf.base import shard_files
+from lora_rlhf.base.embedded import build_tiny_model
 from lora_rlhf.base.original_weights import NoOriginalWeights
 from lora_rlhf.run import run_summary
 
@@ -91,3 +94,48 @@ def test_a_large_model_is_left_in_shards_and_chats(
     chat = pipeline("text-generation", model=str(unmerged / "merged"))
     assert isinstance(chat([{"role": "user", "content": "Hi"}])[0]["generated_text"][-1]["content"], str)
     assert merge(recipe, unmerged)[1].count("done before") == 1
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import torch
+from lora_rlhf import memory_plan
+from lora_rlhf.base import shard_files
+from lora_rlhf.base.adapters import lora_config
+from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.shared import POLICY, SharedBase
+from lora_rlhf.config import RunConfig
+from lora_rlhf.memory_peak import peak_memory_gib, reset_peak_memory, return_freed_memory
+from lora_rlhf.merge import MergedWeights, original_weights, write_merged
+from lora_rlhf.ppo.decoding import Sampling
+
+shard_files.SHARD_BYTES = memory_plan.SHARD_BYTES = 2**24
+config = RunConfig(model_name_or_path=sys.argv[1])
+tokenizer = load_tokenizer(config)
+base = SharedBase(load_causal_lm(config), lora_config(config.lora), torch.bfloat16)
+merged = {"original": MergedWeights(base, original_weights(base, config)), "dequantized": MergedWeights(base)}
+inputs = torch.arange(64)[None]
+with torch.no_grad(), base.autocast(), merged["original"].in_place():
+    base.trunk(inputs)  # oneDNN's kernels are there from now on
+return_freed_memory()
+reset_peak_memory(base.device)
+before = peak_memory_gib(base.device)
+for target, weights in merged.items():
+    with torch.no_grad(), base.autocast(), weights.in_place():
+        base.trunk(inputs)
+    write_merged(weights, tokenizer, Sampling(8, 1.0, (), False), Path(sys.argv[1], target))
+planner = memory_plan.Planner(config, memory_plan.model_shape(config), on_cuda=False, expand=False)
+print(peak_memory_gib(base.device) - before, planner.merge_bytes() / 2**30, weights.total_bytes / 2**30)
+"""
+
+
+@pytest.mark.slow
+def test_merging_takes_no_more_memory_than_the_planner_says(tmp_path: Path) -> None:
+    build_tiny_model(tmp_path, hidden_size=1024, num_hidden_layers=12, vocab_size=4096, heads=(8, 4))
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    taken, planned, whole = map(float, done.stdout.split())
+    holes = 1 / 8  # GiB, which glibc's heap keeps between blocks as small as these
+    assert planned + holes < whole  # so that a model in memory would not pass
+    assert taken < planned + holes
