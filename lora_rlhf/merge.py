@@ -31,8 +31,6 @@ from lora_rlhf.config import RunConfig
 from lora_rlhf.ppo.rollout import Rollout, Sampling
 from lora_rlhf.terminal import interrupt
 
-TARGETS = ("original", "dequantized")
-
 
 def _silent(_: int) -> None:
     """Report nothing."""

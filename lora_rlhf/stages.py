@@ -27,14 +27,7 @@ from lora_rlhf.evaluation.curves import write_curves
 from lora_rlhf.instruct import train_instruct_adapter
 from lora_rlhf.memory import check_memory, with_checkpointing_decided
 from lora_rlhf.memory_peak import ran_out, reset_peak_memory, return_freed_memory
-from lora_rlhf.merge import (
-    MergedWeights,
-    check_room,
-    merge_drift,
-    original_weights,
-    policy_logprobs,
-    write_merged,
-)
+from lora_rlhf.merge import MergedWeights, check_room, merge_drift, original_weights, policy_logprobs, write_merged
 from lora_rlhf.ppo.checkpoint import scales_of
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.optimization import check_optim
@@ -162,6 +155,8 @@ def base_stage(session: Session) -> None:
         splits: tuple[Split, ...] = ("train", "test")
         digests = {split: digest_of_pairs(session.pairs(split)) for split in splits}
         write_text(session.run / PAIRS, json.dumps(digests) + "\n")
+        if session.config.merge.target == "original":
+            _mergeable(session, session.shared_base())
         model = session.shared_base().causal_lm
         size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         bits = "NF4, double quantisation" if session.config.load_in_4bit else session.config.dtype
@@ -309,7 +304,11 @@ def merge_stage(session: Session) -> None:
 
 
 def _mergeable(session: Session, base: SharedBase) -> dict[str, MergedWeights]:
-    """Return the merged weights of each target that the base's files allow."""
+    """Return the merged weights of each target that the base's files allow.
+
+    Raises:
+        UserError: they do not allow the one that the config asks for.
+    """
     config = session.config
     try:
         original = MergedWeights(base, original_weights(base, config))

@@ -68,6 +68,19 @@ def test_a_base_without_original_weights_is_merged_into_the_dequantized_ones_alo
     assert (unmerged / "merged/model.safetensors").is_file()
 
 
+def test_files_that_hold_no_original_weights_are_found_out_in_the_first_stage(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> None:
+        raise NoOriginalWeights("its files hold no up_proj")
+
+    monkeypatch.setattr("lora_rlhf.stages.original_weights", none)
+    options = ["--output_dir", str(tmp_path / "run"), "--merge.target", "original"]
+    refused = recipe("direct_rlhf_lora.py", *TINY, *options)
+    assert_one_line_of_error(*refused, "merge.target: its files hold no up_proj", "set merge.target: dequantized")
+    assert run_summary(tmp_path / "run") == {}
+
+
 def test_a_target_that_the_published_base_cannot_have_is_refused_before_any_work(
     recipe: Recipe, cache: Path, tmp_path: Path, make_config: Callable[..., Any]
 ) -> None:

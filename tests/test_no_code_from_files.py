@@ -20,10 +20,9 @@ from recipe_runs import assert_one_line_of_error
 
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import load_causal_lm, load_reward_model, load_tokenizer
-from lora_rlhf.base.original_weights import INDEX, WHOLE, OriginalWeights, check_merge_target
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.chat.votes import kept_votes
-from lora_rlhf.config import LoraSettings, MergeSettings, RunConfig
+from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.config_file import config_from_command_line, config_from_file
 from lora_rlhf.data.bad_rows import BadRows
 from lora_rlhf.data.chat import prompt_ids, set_chat_template
@@ -211,19 +210,6 @@ def test_a_pickle_as_a_file_of_a_model(model: Path, bomb: bytes, name: str) -> N
     (model / name).write_bytes(bomb)
     for load in loaders(model):
         assert str(model) in refused(load)
-
-
-@pytest.mark.parametrize("name", [WHOLE, INDEX, "config.json"])
-def test_a_pickle_where_merging_looks_for_original_weights(model: Path, bomb: bytes, name: str) -> None:
-    if name == INDEX:
-        (model / WHOLE).unlink()
-    (model / name).write_bytes(bomb)
-    config = replace(of(model), merge=MergeSettings(target="original"))
-    if name == "config.json":
-        read: Callable[[], Any] = lambda: check_merge_target(config)  # noqa: E731
-    else:
-        read = lambda: OriginalWeights(config, {"lm_head.weight": torch.Size([512, 64])}, "model")  # noqa: E731
-    assert str(model) in refused(read)
 
 
 @pytest.mark.parametrize("name", TOKENIZER_FILES)

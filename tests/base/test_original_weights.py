@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_rlhf.base.loading import load_causal_lm
-from lora_rlhf.base.original_weights import NoOriginalWeights, OriginalWeights, check_merge_target
+from lora_rlhf.base.original_weights import INDEX, WHOLE, NoOriginalWeights, OriginalWeights, check_merge_target
 from lora_rlhf.config import MergeSettings, RunConfig
 from lora_rlhf.errors import UserError
 
@@ -124,3 +125,26 @@ def test_a_damaged_index_is_refused_in_one_line(
     with pytest.raises(UserError, match=str(folder)) as error:
         opened()
     assert len(str(error.value).splitlines()) == 1
+
+
+class Bomb:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", [WHOLE, INDEX, "config.json"])
+def test_a_pickle_in_place_of_a_file_runs_nothing(
+    make_config: MakeConfig, opened: Callable[..., OriginalWeights], folder: Path, tmp_path: Path, name: str
+) -> None:
+    if name == INDEX:
+        (folder / WHOLE).unlink()
+    (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "code_has_run")))
+    config = make_config(model_name_or_path=str(folder), merge=MergeSettings(target="original"))
+    with pytest.raises(UserError, match=str(folder)):
+        check_merge_target(config) if name == "config.json" else opened()
+    assert not (tmp_path / "code_has_run").exists()
