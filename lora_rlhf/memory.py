@@ -27,7 +27,7 @@ from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.errors import UserError
 from lora_rlhf.free_memory import free_bytes
-from lora_rlhf.memory_plan import CONTEXT_BYTES, StagePlan, expands, fitting_changes, model_shape, peaks
+from lora_rlhf.memory_plan import CONTEXT_BYTES, Planner, StagePlan, expands, fitting_changes, model_shape, peaks
 from lora_rlhf.roofline.cards import CARDS, Card, card_named
 from lora_rlhf.terminal import console, note, run_recipe
 
@@ -85,6 +85,17 @@ def check_memory(config: RunConfig) -> None:
     plans = peaks(config, model_shape(config), on_cuda, usable)
     if wrong := advice(config, plans, usable, on_cuda):
         raise UserError(f"memory: {wrong}. python -m lora_rlhf.memory shows all of it")
+    merging, free = merge_bytes(config, on_cuda), free_bytes(torch.device("cpu"))
+    if on_cuda and merging > free:  # on a CPU it is one of the stages above
+        raise UserError(
+            f"memory: the merge stage takes {merging / GIB:.1f} GiB of main memory beside the card's, and "
+            f"{free / GIB:.1f} are free: end what else takes it"
+        )
+
+
+def merge_bytes(config: RunConfig, on_cuda: bool) -> float:
+    """Return the main memory that the merge stage takes beside the base, in bytes."""
+    return Planner(config, model_shape(config), on_cuda, expand=False).merge_bytes()
 
 
 def with_checkpointing_decided(config: RunConfig, gpu_gib: float | None = None) -> RunConfig:
@@ -124,10 +135,14 @@ def main() -> None:
     spare = usable - max(plan.total for plan in plans)
     checkpointing = ", PPO with gradient checkpointing" if config.ppo.gradient_checkpointing else ""
     note(wrong or f"fits, with {spare / GIB:.1f} GiB to spare{checkpointing}")
+    merging = merge_bytes(config, on_cuda)
+    if on_cuda:
+        note(f"the merge also takes {merging / GIB:.1f} GiB of main memory")
     figures: dict[str, Any] = {
         "usable_bytes": usable,
         "fits": not wrong,
         "peak_bytes": {p.name: p.total for p in plans},
+        "main_memory_of_merge": merging,
     }
     if card:
         figures["cards_that_fit"] = fitting = cards_that_fit(config)

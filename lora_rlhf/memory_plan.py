@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.known_shapes import shape_config
+from lora_rlhf.base.shard_files import SHARD_BYTES
 from lora_rlhf.base.token_logprobs import rows_per_chunk
 from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
 
@@ -155,14 +156,23 @@ class Planner:
         if c.instruct_model_name_or_path is None:
             plans.append(self._supervised("instruct", c.sft, 1, self.shape.vocabulary))
         plans += self.ppo_stages()
-        if not self.on_cuda:  # merging happens in main memory
-            merged = (self.shape.body + self.shape.other + self.shape.body) * self.width
+        if not self.on_cuda:
             standing = self._standing(adapters=1, trained=0, optim="adam", expand=False)
-            plans.append(StagePlan("merge", standing | {"16-bit weights": merged}))
+            plans.append(StagePlan("merge", standing | {"16-bit weights": self.merge_bytes()}))
         if c.instruct_model_name_or_path is not None:  # the Instruct model beside the base, in 4 bits too
             rollout = next(plan for plan in plans if plan.name == "ppo: rollout").parts
             plans.append(StagePlan("compare", rollout | {"weights": 2 * rollout["weights"], "optimizer": 0.0}))
         return plans
+
+    def merge_bytes(self) -> float:
+        """Return the main memory that merging takes beside the base: a shard, and one layer on its way into it.
+
+        On a CPU the adapter is added to the layer's weight there too, in float32.
+        """
+        whole = (self.shape.body + self.shape.other) * self.width
+        embeddings = self.shape.vocabulary * self.shape.hidden * self.width  # larger than a shard: one of its own
+        layer = max(one.inputs * one.outputs for one in self.shape.linears) * (self.width + (0 if self.on_cuda else 4))
+        return min(whole, max(SHARD_BYTES, embeddings)) + layer
 
     def standing_bytes(self) -> float:
         """Return what stands throughout PPO, without a working copy."""

@@ -54,7 +54,8 @@ def load_plus(
     if read_adapter(folder, base_identity(model))[2] is not None:
         raise UserError(f"{name} is a reward adapter, which scores and does not answer; load a policy adapter")
     model = PeftModel.from_pretrained(model, str(folder)).eval()
-    set_generation(model.get_base_model(), tokenizer, Sampling.of(config.ppo))
+    plain = model.get_base_model()
+    set_generation(plain.generation_config, plain.config, tokenizer, Sampling.of(config.ppo))
     return model, tokenizer
 
 

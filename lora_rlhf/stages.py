@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import shlex
 from collections.abc import Callable, Iterator
@@ -17,8 +16,8 @@ from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer, model_config
+from lora_rlhf.base.original_weights import NoOriginalWeights, check_merge_target
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
-from lora_rlhf.checkpoint_folders import check_space
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, digest_of_pairs, preference_pairs
@@ -29,7 +28,7 @@ from lora_rlhf.evaluation.curves import write_curves
 from lora_rlhf.instruct import train_instruct_adapter
 from lora_rlhf.memory import check_memory, with_checkpointing_decided
 from lora_rlhf.memory_peak import ran_out, reset_peak_memory, return_freed_memory
-from lora_rlhf.merge import TARGETS, dequantized_layers, merge_drift, merged_model, write_merged
+from lora_rlhf.merge import MergedWeights, check_room, merge_drift, original_weights, policy_logprobs, write_merged
 from lora_rlhf.ppo.checkpoint import scales_of
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.optimization import check_optim
@@ -77,6 +76,7 @@ class Session:
         check_device(config)
         tokenizer = load_tokenizer(config)
         model_config(config)
+        check_merge_target(config)
         if instruct := config.instruct_model_name_or_path:
             if (Path(instruct) / "adapter_config.json").is_file():
                 raise UserError(f"instruct_model_name_or_path: {instruct} is an adapter; a whole model is wanted")
@@ -159,6 +159,8 @@ def base_stage(session: Session) -> None:
         splits: tuple[Split, ...] = ("train", "test")
         digests = {split: digest_of_pairs(session.pairs(split)) for split in splits}
         write_text(session.run / PAIRS, json.dumps(digests) + "\n")
+        if session.config.merge.target == "original":
+            _mergeable(session, session.shared_base())
         model = session.shared_base().causal_lm
         size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
         bits = "NF4, double quantisation" if session.config.load_in_4bit else session.config.dtype
@@ -282,26 +284,44 @@ def merge_stage(session: Session) -> None:
         return
     run.needed("policy_adapter/adapter_model.safetensors", "ppo")
     with session.stage("merge") as results:
+        s, sampling = config.ppo, replace(Sampling.of(config.ppo), expand_weights=False)
         test = session.pairs("test")[: config.merge.drift_prompts]
         base = _base_with_policy(session)
-        s = config.ppo
+        merged = _mergeable(session, base)
+        check_room(run / "merged", merged["dequantized"].total_bytes)
         prompts = [prompt_ids(session.tokenizer, pair.messages) for pair in test]
         generator = torch.Generator().manual_seed(config.seed)
-        sampling = replace(Sampling.of(s), expand_weights=False)
         rollout = sampled_answers(base, POLICY, prompts, sampling, session.tokenizer, generator)
+        measured = s.temperature, s.logits_chunk_size, s.scoring_batch_size
+        trained = policy_logprobs(base, rollout, *measured)
+        passes = -(-len(prompts) // s.scoring_batch_size)
         drift = {}
-        check_space(run.path, 2 * base.layers.copy_bytes(), "the merged model")
-        for target in TARGETS:
-            weights = dequantized_layers(base) if target == "dequantized" else None
-            model = merged_model(config, run / "policy_adapter", weights)
-            drift[target] = merge_drift(base, model, rollout, s.temperature, s.logits_chunk_size)
-            if target == config.merge.target:
-                write_merged(model, session.tokenizer, sampling, run / "merged")
-            del model, weights
-            gc.collect()
-            interrupt.mind()
+        for target, weights in merged.items():
+            with progress(f"merge: drift of {target}", passes * weights.linear_count) as report:
+                drift[target] = merge_drift(weights, rollout, trained, *measured, report)
+        kept = merged[config.merge.target]
+        with progress("merge: written", len(kept.outlines)) as report:
+            write_merged(kept, session.tokenizer, sampling, run / "merged", report)
+        interrupt.mind()
         results["merge"] = {"target": config.merge.target, "drift": drift}
     note("  mean drift of log-probs (nats per token): " + ", ".join(f"{t} {d:.4f}" for t, d in drift.items()))
+
+
+def _mergeable(session: Session, base: SharedBase) -> dict[str, MergedWeights]:
+    """Return the merged weights of each target that the base's files allow.
+
+    Raises:
+        UserError: they do not allow the one that the config asks for.
+    """
+    config = session.config
+    try:
+        original = MergedWeights(base, original_weights(base, config))
+    except NoOriginalWeights as reason:
+        if config.merge.target == "original":
+            raise UserError(f"merge.target: {reason}: set merge.target: dequantized") from None
+        note(f"  the drift of the original weights is not measured: {reason}")
+        return {"dequantized": MergedWeights(base)}
+    return {"original": original, "dequantized": MergedWeights(base)}
 
 
 def compare_stage(session: Session) -> None:

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError
 
 from lora_rlhf.errors import UserError, first_line
 
@@ -84,7 +83,7 @@ def run_recipe(main: Callable[[], None], again: str = AGAIN) -> None:
     except Exception as error:
         from lora_rlhf.memory_peak import ran_out  # late: it imports torch, which --help can do without
 
-        if isinstance(error, OSError | SafetensorError) and _is_of_the_disk(error):
+        if _is_of_the_disk(error):
             what = getattr(error, "filename", None) or "a file"
             problem = f"{what} could not be written ({error}): make room or choose another place"
         elif ran_out(error):
@@ -109,7 +108,10 @@ def _print_error(text: str) -> None:
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Return whether a file could not be written for want of room, or of leave."""
+    """Return whether a file could not be written for want of room, or of leave.
+
+    What is written in Rust (safetensors, tokenizers) has errors of other classes, some of them bare `Exception`.
+    """
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in numbers

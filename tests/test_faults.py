@@ -196,7 +196,7 @@ def test_a_disk_that_is_really_full(
     """It fills up at some byte of the run's files; with room again, the same command ends the run."""
     monkeypatch.setattr("lora_rlhf.run.SPACE_OF_A_STAGE", 0)
     monkeypatch.setattr("lora_rlhf.checkpoint_folders.BYTES_OF_A_NUMBER", 0)
-    monkeypatch.setattr("lora_rlhf.base.role_layers.RoleLayers.copy_bytes", lambda _: 0)  # which merging asks for
+    monkeypatch.setattr("lora_rlhf.merge.MergedWeights.total_bytes", 0)
     if stage == "merge_lora.py":
         trained = run_folder
     if stage == "reward_lora.py":

@@ -54,6 +54,19 @@ def test_the_parts_of_a_step_by_hand(mistral: ModelShape) -> None:
     assert rollout.parts["weights"] / GIB == pytest.approx((mistral.body * 0.51587 + 262_410_240 * 2) / GIB, rel=1e-4)
 
 
+def test_merging_takes_one_shard_and_one_layer_of_main_memory(mistral: ModelShape) -> None:
+    config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    card, processor = (Planner(config, mistral, on_cuda, False) for on_cuda in (True, False))
+    assert card.merge_bytes() == GIB + 4096 * 14336 * 2 < 1.2 * GIB
+    assert processor.merge_bytes() == GIB + 4096 * 14336 * (2 + 4)  # the sum with the adapter is in float32
+    merge = next(plan for plan in processor.stages() if plan.name == "merge")
+    assert merge.parts["16-bit weights"] == processor.merge_bytes() and merge.total < 7 * GIB
+    wide = replace(mistral, vocabulary=262_144)  # embeddings larger than a shard
+    assert Planner(config, wide, True, False).merge_bytes() == (262_144 * 4096 + 4096 * 14336) * 2
+    small = shape_of(MistralConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2), AutoModelForCausalLM)
+    assert Planner(config, small, True, False).merge_bytes() == (small.body + small.other + 64 * 128) * 2
+
+
 def test_a_value_head_saves_an_adapter_and_its_optimizer(mistral: ModelShape) -> None:
     config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
     head = replace(config, ppo=replace(config.ppo, value_model="head"))
@@ -170,6 +183,21 @@ def test_a_run_that_cannot_fit_is_refused_with_what_to_change(
         memory.check_memory(config)
 
 
+def test_a_card_with_too_little_main_memory_beside_it_is_refused(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    needed = memory.merge_bytes(config, on_cuda=True)
+    monkeypatch.setattr(memory, "usable_bytes", lambda *_: (24.0 * GIB, True))
+    for available, refused in ((1.01 * needed, False), (0.99 * needed, True)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=available: type("Memory", (), {"available": free}))
+        if refused:
+            with pytest.raises(UserError, match=r"memory: the merge stage takes .* GiB of main memory"):
+                memory.check_memory(config)
+        else:
+            memory.check_memory(config)
+
+
 def test_the_command_prints_a_table_and_says_whether_it_fits(
     mistral_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +205,7 @@ def test_the_command_prints_a_table_and_says_whether_it_fits(
     monkeypatch.setattr("sys.argv", [*words, "--gpu-gib", "24"])
     memory.main()
     assert "keys and values" in (shown := capsys.readouterr().out) and "GiB to spare" in shown
+    assert "the merge also takes 1.1 GiB of main memory" in shown
     monkeypatch.setattr("sys.argv", [*words, "--gpu-gib", "12"])
     with pytest.raises(SystemExit) as ended:
         memory.main()

@@ -19,7 +19,7 @@ import torch
 from recipe_runs import assert_one_line_of_error
 
 from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.loading import load_causal_lm, load_original_weights, load_reward_model, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm, load_reward_model, load_tokenizer
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.chat.votes import kept_votes
 from lora_rlhf.config import LoraSettings, RunConfig
@@ -199,7 +199,6 @@ def loaders(model: Path) -> list[Callable[[], Any]]:
     config = of(model)
     return [
         lambda: load_causal_lm(config),
-        lambda: load_original_weights(config),
         lambda: load_reward_model(config, pad_token_id=2),
         lambda: load_plus(model),
         lambda: load_causal_lm(replace(config, load_in_4bit=True)),

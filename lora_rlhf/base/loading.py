@@ -1,4 +1,4 @@
-"""Loading the tokenizer, the 4-bit base and the original 16-bit weights, with errors that say what to do."""
+"""Loading the tokenizer and the 4-bit base, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -142,18 +142,6 @@ def load_reward_model(config: RunConfig, pad_token_id: int) -> Any:
     model.config.pad_token_id = pad_token_id
     torch.nn.init.normal_(model.score.weight, std=1 / (model.config.hidden_size + 1) ** 0.5)
     return _checked(model, config, source)
-
-
-def load_original_weights(config: RunConfig) -> Any:
-    """Return the base in 16 bits (32 where dtype is float32) on the CPU, as it was before quantisation."""
-    from transformers import AutoModelForCausalLM
-
-    source = resolved_model(config.model_name_or_path)
-    with explained(source, config), quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(
-            source, revision=config.model_revision, dtype=getattr(torch, config.dtype), trust_remote_code=False,
-            use_safetensors=True,
-        ).eval()  # fmt: skip
 
 
 def loading_arguments(config: RunConfig, found: Any) -> dict[str, Any]:

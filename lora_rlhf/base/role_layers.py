@@ -229,8 +229,7 @@ class RoleLayers:
         for i, frozen in enumerate(wanted):
             weight, role = frozen.weight(), roles.get(id(frozen))
             if folded_role and role and (adapter := role.adapter(folded_role)):
-                a, b, scaling = adapter
-                weight = torch.addmm(weight.float(), b.detach(), a.detach(), alpha=scaling)
+                weight = with_adapter(weight, adapter)
             if pack:
                 frozen.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype))
             else:
@@ -240,6 +239,12 @@ class RoleLayers:
 def mkldnn_has_bfloat16() -> bool:
     """Return whether oneDNN has bfloat16 products for this processor."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def with_adapter(weight: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float]) -> torch.Tensor:
+    """Return W + s · B A [out, in], computed in float32 and not rounded to less."""
+    a, b, scaling = adapter
+    return weight.detach().to(torch.float32, copy=True).addmm_(b.detach(), a.detach(), alpha=scaling)
 
 
 def dequantized_weight(layer: Any) -> torch.Tensor:

@@ -24,7 +24,6 @@ from lora_rlhf.base.loading import (
     chosen_backend,
     explained,
     load_causal_lm,
-    load_original_weights,
     load_reward_model,
     load_tokenizer,
     resolved_model,
@@ -37,9 +36,8 @@ LOADERS = {
     "tokenizer": load_tokenizer,
     "causal_lm": load_causal_lm,
     "reward_model": lambda config: load_reward_model(config, 2),
-    "original": load_original_weights,
 }
-of_each_model = pytest.mark.parametrize("loader", ["causal_lm", "reward_model", "original"])
+of_each_model = pytest.mark.parametrize("loader", ["causal_lm", "reward_model"])
 of_each_loader = pytest.mark.parametrize("loader", LOADERS)
 
 
@@ -93,18 +91,8 @@ def test_without_four_bits_nothing_is_quantised(make_config: MakeConfig, loader:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_the_original_weights_are_those_of_the_file(make_config: MakeConfig, tiny_folder: Path) -> None:
-    from safetensors.torch import load_file
-
-    held = load_file(tiny_folder / "model.safetensors")
-    loaded = load_original_weights(make_config()).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in held.items())
-    assert next(load_original_weights(make_config(dtype="bfloat16")).parameters()).dtype == torch.bfloat16
-
-
-def test_models_for_generation_come_in_eval_mode(make_config: MakeConfig) -> None:
+def test_a_model_for_generation_comes_in_eval_mode(make_config: MakeConfig) -> None:
     assert not load_causal_lm(make_config()).training
-    assert not load_original_weights(make_config()).training
 
 
 def test_the_reward_head_starts_at_the_deviation_of_the_paper(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lora_rlhf.base.loading import load_original_weights
+from lora_rlhf.base.loading import load_causal_lm
+from lora_rlhf.base.role_layers import dequantized_weight
 from lora_rlhf.base.shared import POLICY, REFERENCE
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation import general
@@ -24,7 +26,7 @@ from lora_rlhf.evaluation.general import (
     logged_samples,
 )
 from lora_rlhf.evaluation.local_tasks import local_tasks, quiet_lm_eval
-from lora_rlhf.merge import dequantized_layers, merged_model, write_merged
+from lora_rlhf.merge import MergedWeights, write_merged
 from lora_rlhf.ppo.decoding import Sampling
 
 Samples = dict[str, list[dict[str, Any]]]
@@ -108,15 +110,13 @@ METRICS = {"quiz": "acc", "hellaswag": "acc_norm", "winogrande": "acc"}
 
 
 @pytest.fixture
-def write_policy_merged(make_config, tokenizer, tmp_path):
-    """Save the policy of a base and write the merged model; returns the adapter's and the model's folder."""
+def write_policy_merged(tokenizer, tmp_path):
+    """Write the policy of a base as a merged model; returns its folder."""
 
-    def write(base: Any, config: Any) -> tuple[Path, Path]:
-        base.save_adapter(POLICY, tmp_path / "policy")
-        model = merged_model(config, tmp_path / "policy", dequantized_layers(base))
+    def write(base: Any) -> Path:
         sampling = Sampling(response_length=200, temperature=0.7, stop_strings=(), expand_weights=False)
-        write_merged(model, tokenizer, sampling, tmp_path / "merged")
-        return tmp_path / "policy", tmp_path / "merged"
+        write_merged(MergedWeights(base), tokenizer, sampling, tmp_path / "merged")
+        return tmp_path / "merged"
 
     return write
 
@@ -127,7 +127,7 @@ def test_every_item_comes_out_as_lm_evals_own_model_has_it_on_the_merged_weights
 ):
     config = make_config(load_in_4bit=four_bit)
     base = make_base(config, roles=())
-    _, merged = write_policy_merged(base, config)
+    merged = write_policy_merged(base)
     theirs = reference_samples(merged, tokenizer, chosen(folder, *METRICS), "float32")
     ours = logged_samples(base, POLICY, tokenizer, chosen(folder, *METRICS), None, batch_size=4)
     outcomes = general_outcomes(base, POLICY, tokenizer, chosen(folder, *METRICS), None, batch_size=4)
@@ -149,7 +149,7 @@ def test_written_answers_are_those_of_lm_evals_own_model_on_the_merged_weights(
 ):
     config = make_config()
     base = make_base(config, roles=())
-    _, merged = write_policy_merged(base, config)
+    merged = write_policy_merged(base)
     theirs = reference_samples(merged, tokenizer, chosen(folder, "gsm8k"), "float32", limit=4)["gsm8k"]
     ours = logged_samples(base, POLICY, tokenizer, chosen(folder, "gsm8k"), 4, batch_size=3)["gsm8k"]
     assert [row["resps"] for row in ours] == [row["resps"] for row in theirs]
@@ -158,16 +158,18 @@ def test_written_answers_are_those_of_lm_evals_own_model_on_the_merged_weights(
 
 @pytest.mark.slow
 def test_in_bfloat16_our_numbers_and_those_of_the_merged_model_are_rounded_ones_of_the_same(
-    make_base, make_config, tokenizer, folder, write_policy_merged
+    make_base, make_config, tokenizer, folder, write_policy_merged, tmp_path
 ):
     config = make_config(dtype="bfloat16")
     base = make_base(config, roles=())
-    adapter, merged = write_policy_merged(base, config)
-    exact = load_original_weights(config).float()
+    merged = write_policy_merged(base)
+    base.save_adapter(POLICY, tmp_path / "policy")
+    exact = load_causal_lm(replace(config, load_in_4bit=False)).float()
     with torch.no_grad():
-        for name, weight in dequantized_layers(base).items():
-            exact.get_submodule(name).weight.copy_(weight)
-    exact = PeftModel.from_pretrained(exact, str(adapter)).merge_and_unload()
+        for name, module in base.causal_lm.named_modules():
+            if module in base.layers.frozen:
+                exact.get_submodule(name.removesuffix(".base_layer")).weight.copy_(dequantized_weight(module))
+    exact = PeftModel.from_pretrained(exact, str(tmp_path / "policy")).merge_and_unload()
     truth = reference_samples(exact, tokenizer, chosen(folder, *METRICS), "float32")
     theirs = reference_samples(merged, tokenizer, chosen(folder, *METRICS), "bfloat16")
     ours = logged_samples(base, POLICY, tokenizer, chosen(folder, *METRICS), None, batch_size=4)
@@ -202,7 +204,7 @@ def test_the_policy_and_the_reference_are_told_apart(make_base, make_config, tok
     base = make_base(config, roles=())
     tasks = chosen(folder, "quiz")
     roles = {role: logged_samples(base, role, tokenizer, tasks, None, 8)["quiz"] for role in (POLICY, REFERENCE)}
-    plain = load_original_weights(config)
+    plain = load_causal_lm(config)
     for row in roles[REFERENCE]:
         for (prompt, choice), response in zip(row["arguments"], row["resps"], strict=True):
             ids = torch.tensor([tokenizer.encode(prompt + choice)])

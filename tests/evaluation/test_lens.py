@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.attention import GROUPED
-from lora_rlhf.base.loading import load_original_weights
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, SharedBase
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.errors import UserError
@@ -177,7 +177,7 @@ def test_a_role_of_the_shared_base_is_the_model_loaded_alone(
 ) -> None:  # fmt: skip
     config = make_config(load_in_4bit=False)
     base = make_base(config)
-    alone = load_original_weights(config)
+    alone = load_causal_lm(config)
     if role == POLICY:
         base.save_adapter(POLICY, tmp_path / "policy")
         stock = PeftModel.from_pretrained(alone, str(tmp_path / "policy"))

@@ -214,7 +214,7 @@ def test_functions_come_from_files_and_from_modules(sources: Sources, rewards_py
     [
         "no_such_module:f",
         "lora_rlhf.merge:no_such_function",
-        "lora_rlhf.merge:TARGETS",
+        "lora_rlhf.terminal:AGAIN",
         "no_such_file.py:f",
         "{folder}/my_rewards.py:no_such_function",
         "{folder}/my_rewards.py:LIMIT",
