@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from trainer_cases import MakeTrainer
 
 from lora_rlhf.errors import UserError
-from lora_rlhf.ppo.processes import Processes, words_for_the_lost
+from lora_rlhf.processes import Processes, words_for_the_lost
 from lora_rlhf.reward.sources import ScoreScale
 from lora_rlhf.terminal import console, run_recipe
 
