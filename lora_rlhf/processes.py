@@ -39,11 +39,18 @@ class Processes:
     """The processes that `accelerate launch` or `torchrun` started; one alone without them."""
 
     def __init__(self) -> None:
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.count, self.rank = launched(), int(os.environ.get("RANK", "0"))
         self._board: torch.distributed.Store | None = None
         self._groups = 0
         if self.count > 1 and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+    @classmethod
+    def one(cls) -> Processes:
+        """Return this process as the only one, whatever was launched."""
+        processes = cls()
+        processes.count, processes.rank = 1, 0
+        return processes
 
     def meet(self) -> None:
         """Find the store of the launcher, through which `tell` and `told` go; raise `UserError` where there is none."""
@@ -212,6 +219,11 @@ class Processes:
     def from_main(self, value: Any) -> Any:
         """Return what the main process has."""
         return value if self.count == 1 else gathered(value)[0]
+
+
+def launched() -> int:
+    """Return how many processes were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def gathered(value: Any) -> list[Any]:

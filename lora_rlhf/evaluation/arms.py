@@ -56,7 +56,7 @@ def role_answers(
     The `processes` share the prompts and are connected: each answers its own, and all return the whole. None means this
     process alone.
     """
-    processes = processes or Processes()
+    processes = processes or Processes.one()
     parts = []
     generator = torch.Generator().manual_seed(seed)
     sampling = Sampling.of(config.ppo)
@@ -85,7 +85,7 @@ def model_arm_answers(
 
     The `processes` share the prompts, as in `role_answers`.
     """
-    processes = processes or Processes()
+    processes = processes or Processes.one()
     parts = []
     generator = torch.Generator().manual_seed(seed)
     same_vocabulary = tokenizer.get_vocab() == base_tokenizer.get_vocab()

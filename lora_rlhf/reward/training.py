@@ -42,7 +42,7 @@ def train_reward_adapter(
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    processes = processes or Processes()
+    processes = processes or Processes.one()
     pairs = [*pairs, *contrast_pairs(pairs, config.reward.contrast_share, config.seed)]
     rows = [
         {"chosen_ids": sides["chosen"], "rejected_ids": sides["rejected"], "length": max(map(len, sides.values()))}
