@@ -72,7 +72,7 @@ def on_own_device(make_arguments: Callable[[], Any]) -> Any:
     """Return TrainingArguments that use the GPU of this process alone; by themselves they choose the first, or all."""
     own = device()
     arguments = make_arguments()
-    if own.type == "cuda":
+    if arguments.device.type == "cuda":  # asked for it, they make all that depends on it
         torch.cuda.set_device(own)
         arguments.__dict__["_setup_devices"] = own  # a cached property
         arguments._n_gpu = 1
