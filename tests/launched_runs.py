@@ -55,9 +55,9 @@ def free_port() -> int:
 
 def workers(run: subprocess.Popen[bytes]) -> list[int]:
     """Return the processes that do the work of a run that was launched, the first one first."""
-    listing = ["ps", "-o", "pid=,args=", "--ppid", str(run.pid)]
+    listing = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(run.pid)]
     lines = subprocess.run(listing, capture_output=True, text=True, check=False).stdout.splitlines()
-    return [int(line.split()[0]) for line in lines if "--output_dir" in line]
+    return sorted(int(line.split()[0]) for line in lines if "--output_dir" in line)
 
 
 def kill(run: subprocess.Popen[bytes]) -> None:
