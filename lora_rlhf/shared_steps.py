@@ -48,10 +48,8 @@ class SharedSteps:
         self.trainer, self.sides, self.processes = trainer, sides, processes
         self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         self.number, self.before = 0, 0  # micro-batches and examples of this step so far
-        self.logged, self.metrics = (
-            0,
-            defaultdict[str, float](float),
-        )  # micro-batches, and sums over them, since the last log
+        self.unlogged = 0  # micro-batches since the last log
+        self.metrics: defaultdict[str, float] = defaultdict(float)  # sums over those micro-batches
         self.whole_loss, self.whole_step, self.whole_log = trainer.compute_loss, trainer.training_step, trainer.log
         trainer.compute_loss, trainer.training_step, trainer.log = self._loss, self._training_step, self._log
 
@@ -66,7 +64,7 @@ class SharedSteps:
         size = len(inputs["input_ids"]) // self.sides
         batches = self.trainer.current_gradient_accumulation_steps
         own = own_examples(self.before, size, self.number, batches, self.processes.rank, self.processes.count)
-        self.number, self.before, self.logged = self.number + 1, self.before + size, self.logged + 1
+        self.number, self.before, self.unlogged = self.number + 1, self.before + size, self.unlogged + 1
         if not own:
             return torch.zeros((), device=inputs["input_ids"].device, requires_grad=True)
         rows = [side * size + i for side in range(self.sides) for i in own]
@@ -89,12 +87,12 @@ class SharedSteps:
     def _log(self, logs: dict[str, float], *rest: Any) -> None:
         """Log the loss and the metrics of the whole batches, in every process."""
         if "loss" in logs:
-            shares = {name: total / self.logged for name, total in self.metrics.items()}
+            shares = {name: total / self.unlogged for name, total in self.metrics.items()}
             found = self.processes.sum_numbers({"loss": logs["loss"], **shares})
             logs["loss"] = found.pop("loss")
             self.trainer._metrics["train"].clear()
             self.trainer._metrics["train"].update({name: [value] for name, value in found.items()})
-            self.logged = 0
+            self.unlogged = 0
             self.metrics.clear()
         self.whole_log(logs, *rest)
 
