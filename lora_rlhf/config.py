@@ -53,7 +53,7 @@ class TrainerSettings:
     num_train_epochs: float = setting(1.0, "Passes over the training pairs.")
     max_steps: int = setting(-1, "Stop after this many optimizer steps; -1: as num_train_epochs says.")
     per_device_train_batch_size: int = setting(16, "Pairs (reward) or answers (sft) in one forward pass.")
-    gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step.")
+    gradient_accumulation_steps: int = setting(1, "Forward passes per optimizer step, of all GPUs together.")
     warmup_ratio: float = setting(0.1, "Share of the steps over which the learning rate rises from 0.")
     weight_decay: float = setting(0.0, "Decoupled weight decay of AdamW.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in backward: less memory, a third more time.")

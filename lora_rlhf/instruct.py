@@ -16,11 +16,17 @@ from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
-from lora_rlhf.trl_trainer import checkpoints_beside, on_one_device, trainer_arguments, trl_run
+from lora_rlhf.processes import Processes
+from lora_rlhf.trl_trainer import checkpoints_beside, on_own_device, trainer_arguments, trl_run
 
 
-def train_instruct_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[PreferencePair], folder: Path) -> None:
-    """Fine-tune on the chosen answers (the loss is on answer tokens only) and write the adapter to `folder`."""
+def train_instruct_adapter(
+    config: RunConfig, tokenizer: Any, pairs: Sequence[PreferencePair], folder: Path, processes: Processes
+) -> None:
+    """Fine-tune on the chosen answers (the loss is on answer tokens only); the first process writes it to `folder`.
+
+    The processes share the training: they are connected, and hidden from libraries.
+    """
     from datasets import Dataset
     from trl import SFTConfig
 
@@ -34,14 +40,15 @@ def train_instruct_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pr
     arguments = trainer_arguments(config, config.sft, checkpoints_beside(folder))
     trainer = _sft_trainer_class()(
         model=model,
-        args=on_one_device(SFTConfig(**arguments, max_length=None)),
+        args=on_own_device(lambda: SFTConfig(**arguments, max_length=None)),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(config.lora),
     )
-    trl_run(trainer, "instruct", config)
-    state = get_peft_model_state_dict(trainer.model)
-    write_adapter(folder, trainer.model.peft_config["default"], state, None, identity)
+    trl_run(trainer, "instruct", config, processes)
+    if processes.is_main:
+        state = get_peft_model_state_dict(trainer.model)
+        write_adapter(folder, trainer.model.peft_config["default"], state, None, identity)
 
 
 def _sft_trainer_class() -> Any:

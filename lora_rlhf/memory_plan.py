@@ -17,6 +17,7 @@ from lora_rlhf.base.known_shapes import shape_config
 from lora_rlhf.base.shard_files import SHARD_BYTES
 from lora_rlhf.base.token_logprobs import rows_per_chunk
 from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
+from lora_rlhf.processes import BUCKET_BYTES, launched
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, an 8-bit scale for 64 of them, and a float32 one for 256 scales (double quantisation)."""
@@ -131,12 +132,14 @@ class Planner:
         shape: of its base.
         on_cuda: memory of a card (what torch allocates); else resident memory of the process.
         expand: whether there is a working copy; see `expands`.
+        processes: that share the run, one per GPU; as many as were launched.
     """
 
     config: RunConfig
     shape: ModelShape
     on_cuda: bool
     expand: bool
+    processes: int = field(default_factory=launched)
 
     @property
     def width(self) -> int:
@@ -214,7 +217,7 @@ class Planner:
         return [
             StagePlan("ppo: rollout", standing | rollout),
             StagePlan("ppo: score", standing | score),
-            StagePlan("ppo: update", standing | {"gradients": 4 * self._trained()} | update),
+            StagePlan("ppo: update", standing | self._gradients(self._trained()) | update),
         ]
 
     def _supervised(self, name: str, settings: TrainerSettings, answers: int, vocabulary: int) -> StagePlan:
@@ -222,11 +225,16 @@ class Planner:
         rows = answers * settings.per_device_train_batch_size
         adapter = self.adapter_parameters()
         parts = self._standing(1, adapter, "adam", self.expand and self.config.load_in_4bit)
-        parts["gradients"] = 4 * adapter
+        parts |= self._gradients(adapter)
         parts["activations"] = self._kept(rows, self.config.max_length, settings.gradient_checkpointing)
         if vocabulary:
             parts["logits"] = rows * self.config.max_length * vocabulary * (2 * self.width + 8)
         return StagePlan(name, parts)
+
+    def _gradients(self, trained: int) -> dict[str, float]:
+        """Return the gradients, and the part of them that is copied to be summed over processes."""
+        parts = {"gradients": 4.0 * trained}
+        return parts if self.processes == 1 else parts | {"sum of gradients": min(BUCKET_BYTES, 4.0 * trained)}
 
     def _standing(self, adapters: int, trained: float, optim: str, expand: bool) -> dict[str, float]:
         per_weight = NF4_BYTES if self.config.load_in_4bit else self.width

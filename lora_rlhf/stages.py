@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from lora_rlhf.merge import MergedWeights, check_room, merge_drift, original_wei
 from lora_rlhf.ppo.checkpoint import scales_of
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.optimization import check_optim
-from lora_rlhf.ppo.processes import Processes
 from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.ppo_steps import checkpoint_to_resume, taken_steps, without_skipped
+from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward, source_entries
 from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
@@ -121,6 +121,24 @@ class Session:
             check_memory(self.config)
             self._memory_checked = True
 
+    def begins(self, stage: str, needed: Mapping[str, str] | None = None) -> bool:
+        """Return whether a stage that all processes share has work left, as the first one finds and tells the others.
+
+        Args:
+            stage: its name.
+            needed: what it reads of the run's directory, each with the stage that leaves it.
+
+        Raises:
+            UserError: something that it needs is missing.
+        """
+        if not self.run.writes:
+            return self.processes.told(stage) == "begins"
+        begins = not self.run.finished(stage)
+        for name, earlier in (needed or {}).items() if begins else ():
+            self.run.needed(name, earlier)
+        self.processes.tell(stage, "begins" if begins else "done")
+        return begins
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Do a stage, as `RunDirectory.stage`; memory that runs out is put into words."""
@@ -168,27 +186,28 @@ def base_stage(session: Session) -> None:
 
 
 def reward_stage(session: Session) -> None:
-    """Train the LoRA reward adapter and measure its accuracy on held-out pairs."""
-    if not session.processes.is_main:
-        return
+    """Train the LoRA reward adapter and measure its accuracy on held-out pairs; all processes share both."""
     heading("reward", "a LoRA reward adapter on preference pairs")
     config, run = session.config, session.run
     if not _uses_own_reward(config):
         note("  ppo.reward_sources names other rewards: no adapter is trained")
         return
-    if run.finished("reward"):
-        note(f"  done before: accuracy {_reported(run, 'reward_model', 'accuracy'):.3f}")
+    if not session.begins("reward"):
+        if run.writes:
+            note(f"  done before: accuracy {_reported(run, 'reward_model', 'accuracy'):.3f}")
         return
-    with session.stage("reward") as results:
+    with session.processes.connected(), session.stage("reward") as results:
         session.check_memory()
         train, test = session.pairs("train"), session.pairs("test")
         session.free_base()
         with session.processes.alone():
-            train_reward_adapter(config, session.tokenizer, train, run / "reward_adapter")
+            train_reward_adapter(config, session.tokenizer, train, run / "reward_adapter", session.processes)
         session.free_base()  # TRL's model is in cycles: it goes when garbage is collected
         base = session.shared_base()
         base.load_adapter(REWARD, run / "reward_adapter")
-        results["reward_model"] = reward_accuracy(base, session.tokenizer, test, config.ppo.scoring_batch_size)
+        results["reward_model"] = reward_accuracy(
+            base, session.tokenizer, test, config.ppo.scoring_batch_size, session.processes
+        )
         session.free_base()
     note(f"  accuracy on {results['reward_model']['n']} held-out pairs: {results['reward_model']['accuracy']:.3f}")
 
@@ -205,37 +224,31 @@ def _uses_own_reward(config: RunConfig) -> bool:
 
 
 def instruct_stage(session: Session) -> None:
-    """Train the SFT arm, where the config names no instruct model."""
-    if not session.processes.is_main:
-        return
+    """Train the SFT arm, where the config names no instruct model; all processes share it."""
     config, run = session.config, session.run
     heading("instruct", config.instruct_model_name_or_path or "SFT on the chosen answers, as a LoRA adapter")
     if config.instruct_model_name_or_path:
         note("  named in the config: nothing to train")
         return
-    if run.finished("instruct"):
+    if not session.begins("instruct"):
         note("  done before")
         return
-    with session.stage("instruct"):
+    with session.processes.connected(), session.stage("instruct"):
         session.check_memory()
         train = session.pairs("train")
         session.free_base()
         with session.processes.alone():
-            train_instruct_adapter(config, session.tokenizer, train, run / "instruct_adapter")
+            train_instruct_adapter(config, session.tokenizer, train, run / "instruct_adapter", session.processes)
 
 
 def ppo_stage(session: Session) -> None:
     """Train the policy adapter by PPO against the reward; the reference is the same base with adapters off."""
     heading("ppo", "the policy adapter, against the reward; reference: the base with adapters off")
     config, run = session.config, session.run
-    if run.writes and run.finished("ppo"):
-        session.processes.tell("ppo", "done")
-        note(f"  done before: {_reported(run, 'ppo', 'steps')} steps")
-        return
-    if run.writes and _uses_own_reward(config):
-        run.needed("reward_adapter/adapter_model.safetensors", "reward")
-    session.processes.tell("ppo", "begins")
-    if not run.writes and session.processes.told("ppo") == "done":
+    needed = {"reward_adapter/adapter_model.safetensors": "reward"} if _uses_own_reward(config) else {}
+    if not session.begins("ppo", needed):
+        if run.writes:
+            note(f"  done before: {_reported(run, 'ppo', 'steps')} steps")
         return
     with session.processes.connected(), session.stage("ppo") as results:
         session.check_memory()
@@ -325,23 +338,24 @@ def _mergeable(session: Session, base: SharedBase) -> dict[str, MergedWeights]:
 
 
 def compare_stage(session: Session) -> None:
-    """Let base, Instruct and Plus answer held-out prompts, and count."""
-    if not session.processes.is_main:
-        return
+    """Let base, Instruct and Plus answer held-out prompts, which all processes share, and count."""
     heading("compare", "base, Instruct and Plus on held-out prompts")
     config, run = session.config, session.run
-    if not run.finished("compare"):
-        run.needed("policy_adapter/adapter_model.safetensors", "ppo")
-        if not config.instruct_model_name_or_path:
-            run.needed("instruct_adapter/adapter_model.safetensors", "instruct")
-        with session.stage("compare") as results:
+    needed = {"policy_adapter/adapter_model.safetensors": "ppo"}
+    if not config.instruct_model_name_or_path:
+        needed["instruct_adapter/adapter_model.safetensors"] = "instruct"
+    if session.begins("compare", needed):
+        with session.processes.connected(), session.stage("compare") as results:
             pairs = session.pairs("test")[: config.compare.num_prompts]
             arms = _arms(session, pairs)
             words = bad_word_pattern(config.compare.bad_words_file)
             results["arms"] = {name: arm_summary(arm, arms["base"], words) for name, arm in arms.items()}
-            samples = {"prompts": [p.messages[-1]["content"] for p in pairs]}
-            samples |= {name: arm.texts for name, arm in arms.items()}
-            write_text(run / "samples.json", json.dumps(samples, indent=1) + "\n")
+            prompts = {"prompts": [p.messages[-1]["content"] for p in pairs]}
+            samples = prompts | {name: arm.texts for name, arm in arms.items()}
+            if run.writes:
+                write_text(run / "samples.json", json.dumps(samples, indent=1) + "\n")
+    if not run.writes:
+        return
     console.print(arms_table(run.summary["arms"]))
     try:
         samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))
@@ -358,12 +372,12 @@ def _arms(session: Session, pairs: list[PreferencePair]) -> dict[str, ArmAnswers
     reward = run_reward(config, base, run.path)
 
     def by_role(role: str) -> Callable[[], ArmAnswers]:
-        return lambda: role_answers(base, role, tokenizer, pairs, reward, config, config.seed)
+        return lambda: role_answers(base, role, tokenizer, pairs, reward, config, config.seed, session.processes)
 
     def by_instruct_model() -> ArmAnswers:
         name = config.instruct_model_name_or_path
-        model, own_tokenizer = load_causal_lm(config, name), load_tokenizer(config, name)
-        return model_arm_answers(base, tokenizer, model, own_tokenizer, pairs, reward, config, config.seed)
+        model, own = load_causal_lm(config, name), load_tokenizer(config, name)
+        return model_arm_answers(base, tokenizer, model, own, pairs, reward, config, config.seed, session.processes)
 
     makers = {"base": by_role(REFERENCE), "instruct": by_instruct_model, "plus": by_role(POLICY)}
     if not config.instruct_model_name_or_path:

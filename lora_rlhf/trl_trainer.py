@@ -1,11 +1,11 @@
-"""What the two TRL trainers (reward and SFT) share: arguments, float32 adapters, and our progress bar."""
+"""What the two TRL trainers (reward and SFT) share: arguments, float32 adapters, checkpoints, and our progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
 from lora_rlhf.config_file import check_checkpoint_config, config_to_mapping, lasting_fields
 from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.interruption import Interruption, StoppedAfterSaving, interruption
+from lora_rlhf.processes import Processes
 from lora_rlhf.run import write_text
+from lora_rlhf.shared_steps import SharedSteps
 from lora_rlhf.terminal import note, progress
 
 ORDER, CONFIG = "order.safetensors", "config.json"
@@ -67,14 +69,18 @@ def checkpoints_beside(adapter: Path) -> Path:
     return adapter.parent / "checkpoints" / adapter.name
 
 
-def on_one_device(arguments: Any) -> Any:
-    """Return TrainingArguments that use the device of the base alone, whatever other GPUs are visible."""
-    if arguments.n_gpu > 1:
+def on_own_device(make_arguments: Callable[[], Any]) -> Any:
+    """Return TrainingArguments that use the GPU of this process alone; by themselves they choose the first, or all."""
+    own = device()
+    arguments = make_arguments()
+    if arguments.device.type == "cuda":  # asked for it, they make all that depends on it
+        torch.cuda.set_device(own)
+        arguments.__dict__["_setup_devices"] = own  # a cached property
         arguments._n_gpu = 1
     return arguments
 
 
-def trl_run(trainer: Any, name: str, config: RunConfig) -> None:
+def trl_run(trainer: Any, name: str, config: RunConfig, processes: Processes) -> None:
     """Train with a progress bar, in lean layers, after undoing TRL's cast of QLoRA adapters to bfloat16.
 
     At the learning rates of LoRA, Adam's updates are lost in bfloat16's 8 bits of mantissa.
@@ -83,6 +89,7 @@ def trl_run(trainer: Any, name: str, config: RunConfig) -> None:
         trainer: TRL's.
         name: of the stage.
         config: of the run.
+        processes: that share the training; all of them call this, with the same model, data and random state.
 
     Raises:
         StoppedAfterSaving: Ctrl-C or SIGTERM; a checkpoint of the last step is written.
@@ -99,10 +106,13 @@ def trl_run(trainer: Any, name: str, config: RunConfig) -> None:
     layers = RoleLayers(trainer.model, lambda: "default", getattr(torch, config.dtype))
     wanted = config.ppo.expand_weights
     held = layers.working_copy() if layers.expands(wanted) else contextlib.nullcontext()
-    found = newest_checkpoint(Path(trainer.args.output_dir), lambda text: note(f"  {text}"))
-    if found is not None:
-        _check_readable(found[1], config, name)
-        note(f"  going on after optimizer step {found[0]}, from {found[1]}")
+    found = None
+    if processes.is_main:
+        found = newest_checkpoint(Path(trainer.args.output_dir), lambda text: note(f"  {text}"))
+        if found is not None:
+            _check_readable(found[1], config, name)
+            note(f"  going on after optimizer step {found[0]}, from {found[1]}")
+    found = processes.from_main(found)
     sampler = _OrderKept(trainer._get_train_sampler())
     if found is not None and (found[1] / ORDER).is_file():
         sampler.resumed = load_file(found[1] / ORDER)["random"]
@@ -110,14 +120,16 @@ def trl_run(trainer: Any, name: str, config: RunConfig) -> None:
     if trainer.args.fp16 and trainer.accelerator.scaler is None:  # accelerate leaves float16 out on CPUs
         trainer.accelerator.scaler, trainer.accelerator.native_amp = torch.amp.GradScaler("cpu"), True
     saving = _Saving(trainer, sampler, config, name)
-    trainer._save_checkpoint = saving
+    trainer._save_checkpoint = saving if processes.is_main else lambda *_: None
+    if processes.count > 1:
+        SharedSteps(trainer, 2 if name == "reward" else 1, processes)
     with held, interruption() as asked, progress(f"{name}: optimizer steps", 0) as report:
         trainer.add_callback(_Bar(report, name))
-        trainer.add_callback(_SavingWhenDue(asked, config.save_minutes))
-        trainer.add_callback(_Guarding(trainer, name, config))
+        trainer.add_callback(_SavingWhenDue(asked, config.save_minutes, processes))
+        trainer.add_callback(_Guarding(trainer, name, config, processes.is_main))
         trainer.train(resume_from_checkpoint=None if found is None else str(found[1]))
         step = trainer.state.global_step
-        if asked.asked:
+        if processes.any(bool(asked.asked)):  # once the checkpoint is written: a launcher ends all where one has ended
             raise StoppedAfterSaving(name, step, saving.saved_step == step)
     trainer.model.eval()
     if torch.cuda.is_available():
@@ -208,15 +220,15 @@ class _Saving:
 class _SavingWhenDue(TrainerCallback):
     """Saves after so many minutes, and saves and stops where that was asked for."""
 
-    def __init__(self, asked: Interruption, minutes: float) -> None:
-        self.asked, self.minutes = asked, minutes
+    def __init__(self, asked: Interruption, minutes: float, processes: Processes) -> None:
+        self.asked, self.minutes, self.processes = asked, minutes, processes
         self.saved = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.save_steps = args.save_steps  # a checkpoint brings its own
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.asked.asked:
+        if self.processes.any(bool(self.asked.asked)):  # all of them at the same step
             control.should_save = control.should_training_stop = True
         if self.minutes > 0 and time.monotonic() - self.saved >= 60 * self.minutes:
             control.should_save = True
@@ -228,8 +240,8 @@ class _SavingWhenDue(TrainerCallback):
 class _Guarding(TrainerCallback):
     """Leaves out a step whose gradient is NaN or infinite, and writes down what is needed to take it again."""
 
-    def __init__(self, trainer: Any, name: str, config: RunConfig) -> None:
-        self.trainer, self.name, self.seed = trainer, name, config.seed
+    def __init__(self, trainer: Any, name: str, config: RunConfig, writes: bool) -> None:
+        self.trainer, self.name, self.seed, self.writes = trainer, name, config.seed, writes
         self.section = SECTIONS[name]
         self.most: int | None = getattr(config, self.section).max_skipped_steps
         self.skipped = 0
@@ -257,10 +269,11 @@ class _Guarding(TrainerCallback):
         self.skipped += 1
         step, folder = state.global_step + 1, Path(args.output_dir).parents[1] / "skipped"
         reason = "gradient is NaN or infinite"
-        held = [{name: value.tolist() for name, value in batch.items()} for batch in self.batches]
-        record = {"stage": self.name, "step": step, "reason": reason, "seed": self.seed, "batches": held}
-        folder.mkdir(exist_ok=True)
-        write_text(folder / f"{self.name}_{step:06d}.json", json.dumps(record) + "\n")
+        if self.writes:
+            held = [{name: value.tolist() for name, value in batch.items()} for batch in self.batches]
+            record = {"stage": self.name, "step": step, "reason": reason, "seed": self.seed, "batches": held}
+            folder.mkdir(exist_ok=True)
+            write_text(folder / f"{self.name}_{step:06d}.json", json.dumps(record) + "\n")
         note(f"  step {step} is skipped: {reason}")
         if self.most is not None and self.skipped > self.most:
             raise UserError(

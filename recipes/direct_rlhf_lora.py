@@ -11,7 +11,7 @@ the stage and step where it was (--save_steps, --save_minutes), and each stage i
 --ppo.kl_coef 0.1 --dataset_name FOLDER.
 
 Several GPUs: `accelerate launch --config_file recipes/launch/two_gpus.yaml recipes/direct_rlhf_lora.py …`. They share
-PPO, with the result of one; the other stages run on the first.
+reward training, SFT, PPO and the comparison, with the result of one; the first one alone merges.
 
 Supported: causal language models that transformers loads and PEFT adapts, in NF4 on CUDA and CPU.
 Not supported: encoder-decoder models, images.

@@ -14,6 +14,8 @@ Every suite runs that can with what is at hand; the others are named with what t
 The judge is an OpenAI-compatible endpoint (--judge_base_url and --judge_model; the key is read from
 LORA_RLHF_JUDGE_API_KEY or OPENAI_API_KEY) or a local model (--judge_model alone). Results are kept in
 OUTPUT_DIR/evaluation by what they depend on: the same command repeats nothing, and goes on after an interruption.
+Several GPUs: `accelerate launch --config_file recipes/launch/two_gpus.yaml recipes/evaluate.py …`. They share the
+sampling of answers; what is measured on answers, and general ability, is the first one's work.
 Writes evaluation/results.json, report.md, report.html (self-contained) and the figures as PNGs.
 """
 
@@ -81,6 +83,8 @@ def main() -> None:
     models = dict(pair.split("=", 1) for pair in named) if named else None
     settings = EvaluationSettings(**{**given, "suites": tuple(given["suites"])})
     results = evaluate(settings, models, config_from_file(file) if file else None)
+    if not results:  # this is not the first of several processes
+        return
     folder = settings.output_dir / "evaluation"
     write_report(results, folder)
     if results["claims"]:

@@ -67,6 +67,22 @@ def test_merging_takes_one_shard_and_one_layer_of_main_memory(mistral: ModelShap
     assert Planner(config, small, True, False).merge_bytes() == (small.body + small.other + 64 * 128) * 2
 
 
+def test_several_processes_copy_64_mib_of_gradients_to_sum_them(
+    mistral: ModelShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 160 MiB (reward, SFT) and 320 MiB (PPO); of an adapter of 5 MiB all of it."""
+    config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    small = replace(config, lora=replace(config.lora, layers_to_transform=[0]))
+    alone = Planner(config, mistral, on_cuda=True, expand=False).stages()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    together = Planner(config, mistral, on_cuda=True, expand=False).stages()
+    more = {two.name: two.total - one.total for one, two in zip(alone, together, strict=True)}
+    summing = ("reward", "instruct", "ppo: update")
+    assert more == {plan.name: 64 * 2**20 if plan.name in summing else 0 for plan in alone}
+    reward = Planner(small, mistral, on_cuda=True, expand=False).stages()[0]
+    assert reward.parts["sum of gradients"] == reward.parts["gradients"] == 4 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+
+
 def test_a_value_head_saves_an_adapter_and_its_optimizer(mistral: ModelShape) -> None:
     config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
     head = replace(config, ppo=replace(config.ppo, value_model="head"))

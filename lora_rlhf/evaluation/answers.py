@@ -16,6 +16,7 @@ from lora_rlhf.evaluation.loaded_arms import LoadedArm, digest
 from lora_rlhf.evaluation.result_cache import ResultCache
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.rollout import sampled_answers
+from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import Answers
 
 
@@ -57,7 +58,8 @@ def given_answers(
 ) -> GivenAnswers:
     """Return the arm's answers to conversations that end with a user's turn, `batch` at a time.
 
-    Each batch is kept as soon as it is there. The answer to a prompt depends on the seed and the batch it is in.
+    Each batch is kept as soon as it is there. The answer to a prompt depends on the seed and the batch it is in. Where
+    the cache is of several processes, each samples its own prompts of a batch, and all return the whole.
     """
     whole = GivenAnswers([], [], [], [])
     for start in range(0, len(conversations), batch):
@@ -66,7 +68,7 @@ def given_answers(
             "what": "answers", "arm": arm.fingerprint, "prompts": part, "seed": seed + start,
             "sampling": {**asdict(sampling), "batch_size": None},
         }  # fmt: skip
-        sample = functools.partial(_sampled, arm, part, sampling, seed + start)
+        sample = functools.partial(_sampled, arm, part, sampling, seed + start, cache.processes)
         found = GivenAnswers(**cache.result(key, sample))
         for field in ("texts", "ended", "prompt_ids", "answer_ids"):
             getattr(whole, field).extend(getattr(found, field))
@@ -74,12 +76,16 @@ def given_answers(
     return whole
 
 
-def _sampled(arm: LoadedArm, part: list[list[Message]], sampling: Sampling, seed: int) -> dict[str, Any]:
+def _sampled(
+    arm: LoadedArm, part: list[list[Message]], sampling: Sampling, seed: int, processes: Processes
+) -> dict[str, Any]:
     prompts = prompts_of_any_template(arm.tokenizer, part)
     generator = torch.Generator().manual_seed(seed)
-    rollout = sampled_answers(arm.base, arm.role, prompts, sampling, arm.tokenizer, generator)
+    rows = processes.rows(len(prompts))
+    rollout = sampled_answers(arm.base, arm.role, prompts, sampling, arm.tokenizer, generator, rows)
     kept = zip(rollout.response_ids, rollout.action_mask, strict=True)
-    return asdict(GivenAnswers(rollout.texts, rollout.ended.tolist(), prompts, [r[m].tolist() for r, m in kept]))
+    own = GivenAnswers(rollout.texts, rollout.ended.tolist(), prompts[rows], [r[m].tolist() for r, m in kept])
+    return processes.whole(asdict(own), len(prompts))
 
 
 @torch.no_grad()

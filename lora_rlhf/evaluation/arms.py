@@ -19,6 +19,7 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.merge import model_logprobs
 from lora_rlhf.ppo.decoding import Sampling, decoder_of
 from lora_rlhf.ppo.rollout import Rollout, model_answers, sampled_answers
+from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import Answers, CombinedReward
 
 
@@ -48,15 +49,24 @@ def role_answers(
     reward: CombinedReward,
     config: RunConfig,
     seed: int,
+    processes: Processes | None = None,
 ) -> ArmAnswers:
-    """Return the answers of a role of the shared base."""
+    """Return the answers of a role of the shared base.
+
+    The `processes` share the prompts and are connected: each answers its own, and all return the whole. None means this
+    process alone.
+    """
+    processes = processes or Processes.one()
     parts = []
     generator = torch.Generator().manual_seed(seed)
+    sampling = Sampling.of(config.ppo)
     for chunk in _chunks(pairs, config.ppo.batch_size):
-        rollout = sampled_answers(base, role, _prompts(tokenizer, chunk), Sampling.of(config.ppo), tokenizer, generator)
+        rows = processes.rows(len(chunk))
+        rollout = sampled_answers(base, role, _prompts(tokenizer, chunk), sampling, tokenizer, generator, rows)
         own = _role_logprobs(base, role, rollout, config)
         ref = _role_logprobs(base, REFERENCE, rollout, config)
-        parts.append(_part(rollout, (own - ref).sum(1), reward, chunk, rollout.text_ids, rollout.text_mask))
+        part = _part(rollout, (own - ref).sum(1), reward, chunk[rows], rollout.text_ids, rollout.text_mask)
+        parts.append(ArmAnswers(**processes.whole(vars(part), len(chunk))))
     return _joined(parts)
 
 
@@ -69,34 +79,43 @@ def model_arm_answers(
     reward: CombinedReward,
     config: RunConfig,
     seed: int,
+    processes: Processes | None = None,
 ) -> ArmAnswers:
-    """Return the answers of a whole other model, with its own chat template, judged as the others are."""
+    """Return the answers of a whole other model, with its own chat template, judged as the others are.
+
+    The `processes` share the prompts, as in `role_answers`.
+    """
+    processes = processes or Processes.one()
     parts = []
     generator = torch.Generator().manual_seed(seed)
     same_vocabulary = tokenizer.get_vocab() == base_tokenizer.get_vocab()
     for chunk in _chunks(pairs, config.ppo.batch_size):
+        rows = processes.rows(len(chunk))
         rollout = model_answers(
             decoder_of(model),
             prompts_of_any_template(tokenizer, [pair.messages for pair in chunk]),
             Sampling.of(config.ppo),
             tokenizer,
             generator,
+            rows=rows,
         )
+        answered = chunk[rows]
         # the reward model reads the dialogue in its own format, whatever template the arm answered in
-        base_prompts = _prompts(base_tokenizer, chunk)
+        base_prompts = _prompts(base_tokenizer, answered)
         read = [
             prompt + answer_ids(base_tokenizer, text)[: None if ended else -1]
             for prompt, text, ended in zip(base_prompts, rollout.texts, rollout.ended.tolist(), strict=True)
         ]
         ids, mask = right_padded(read, base_tokenizer.pad_token_id, base.device)
-        kl = torch.full((len(chunk),), float("nan"))
+        kl = torch.full((len(answered),), float("nan"))
         if same_vocabulary:
             with torch.no_grad():
                 own = model_logprobs(
                     model, rollout, config.ppo.temperature, config.ppo.logits_chunk_size, config.ppo.scoring_batch_size
                 )
             kl = (own.to(base.device) - _role_logprobs(base, REFERENCE, rollout, config)).sum(1)
-        parts.append(_part(rollout, kl, reward, chunk, ids, mask))
+        part = _part(rollout, kl, reward, answered, ids, mask)
+        parts.append(ArmAnswers(**processes.whole(vars(part), len(chunk))))
     return _joined(parts)
 
 

@@ -15,6 +15,7 @@ from lora_rlhf.evaluation.loaded_arms import LoadedArm
 from lora_rlhf.evaluation.result_cache import ResultCache
 from lora_rlhf.evaluation.statistics import estimate, paired_difference
 from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.reward.sources import CombinedReward, run_reward
 from lora_rlhf.terminal import progress
 
 SUITES = ("general", "mt_bench", "moderation", "bad_words", "preference")
@@ -98,6 +99,7 @@ class Evaluation:
     cache: ResultCache
     judge: Judge | None
     _answers: dict[str, GivenAnswers] = field(default_factory=dict)
+    _own_reward: CombinedReward | None = None
 
     @property
     def base_arm(self) -> LoadedArm:
@@ -115,6 +117,13 @@ class Evaluation:
             if name not in self._answers:
                 self._answers[name] = self.answers_of(arm)
         return self._answers
+
+    def own_reward(self) -> CombinedReward:
+        """Return the reward that the run's PPO maximised, loaded once for all suites."""
+        assert self.run is not None
+        if self._own_reward is None:
+            self._own_reward = run_reward(self.config, self.base_arm.base, self.run)
+        return self._own_reward
 
     def answers_of(self, arm: LoadedArm) -> GivenAnswers:
         """Return the answers of any arm to the held-out prompts."""

@@ -1,10 +1,15 @@
-"""The whole evaluation: arms, suites, and results.json, from which the report is made."""
+"""The whole evaluation: arms, suites, and results.json, from which the report is made.
+
+Where several processes are launched, they share the sampling of all answers that the suites will read, first of all: to
+held-out prompts (of the policies that a run kept too) and to mt_bench questions. The suites then run in the first
+process alone: general abilities, judges, lens, rewards, KL and the training of referees are not split.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +28,20 @@ from lora_rlhf.evaluation.judge import HttpJudge, Judge, LocalJudge, api_key_fro
 from lora_rlhf.evaluation.loaded_arms import named_arms, run_arms
 from lora_rlhf.evaluation.local_tasks import local_tasks
 from lora_rlhf.evaluation.moderation import moderation_suite
-from lora_rlhf.evaluation.mt_bench import mt_bench_suite, read_questions
-from lora_rlhf.evaluation.preference import preference_suite
+from lora_rlhf.evaluation.mt_bench import asked_questions, mt_bench_suite, read_questions, two_turn_answers
+from lora_rlhf.evaluation.preference import preference_suite, snapshot_arms
 from lora_rlhf.evaluation.result_cache import ResultCache
+from lora_rlhf.processes import Processes
 from lora_rlhf.run import package_versions, write_text
-from lora_rlhf.terminal import heading, note
+from lora_rlhf.terminal import console, heading, note
 
 
 def evaluate(
     settings: EvaluationSettings, models: Mapping[str, str] | None = None, config: RunConfig | None = None
 ) -> dict[str, Any]:
     """Run the suites, write `evaluation/results.json` after each, and return its content.
+
+    Of several processes that were launched, all but the first return nothing, {}, when the answers are sampled.
 
     Args:
         settings: what is asked for.
@@ -44,6 +52,9 @@ def evaluate(
         UserError: whatever is wrong with the run, the files or the models, before a suite begins.
     """
     _check_files(settings)
+    processes = Processes()
+    console.quiet = not processes.is_main
+    processes.meet()
     run = settings.output_dir if (settings.output_dir / "config.yaml").is_file() else None
     if run is None and not models:
         raise UserError(
@@ -66,10 +77,32 @@ def evaluate(
         raise UserError(f"--output_dir: {folder} cannot be written: {error.strerror}") from None
     evaluation = Evaluation(
         settings, config, None if models else run, folder, arms,
-        pairs[: settings.limit or config.compare.num_prompts], ResultCache(folder / "cache"),
-        _judge(settings, config, folder),
+        pairs[: settings.limit or config.compare.num_prompts], ResultCache(folder / "cache"), judge=None,
     )  # fmt: skip
-    return _suites(evaluation, pairs)
+    if processes.count > 1:
+        _sample_together(evaluation, processes)
+        if not processes.is_main:
+            return {}
+    with processes.alone():
+        evaluation.judge = _judge(settings, config, folder)
+        return _suites(evaluation, pairs)
+
+
+def _sample_together(evaluation: Evaluation, processes: Processes) -> None:
+    """Let the processes share the sampling of what the suites will read; the first one's cache holds it then."""
+    settings = evaluation.settings
+    shared = replace(evaluation, cache=ResultCache(evaluation.cache.folder, processes), _answers={})
+    heading("answers", f"sampled by {processes.count} processes")
+    with processes.connected():
+        if {"moderation", "bad_words", "preference"} & set(settings.suites):
+            shared.held_out_answers()
+        if "preference" in settings.suites and evaluation.run is not None:
+            for _, arm in snapshot_arms(shared):
+                shared.answers_of(arm)
+        if "mt_bench" in settings.suites and settings.mt_bench_questions and settings.judge_model:
+            questions = asked_questions(settings)
+            for arm in evaluation.arms.values():
+                two_turn_answers(shared, arm, questions)
 
 
 def _suites(evaluation: Evaluation, pairs: list[PreferencePair]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lora_rlhf.data.bad_rows import BadRow, check_characters
 from lora_rlhf.data.chat import Message
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.answers import given_answers
-from lora_rlhf.evaluation.context import Evaluation, SuiteResult, SuiteSkipped
+from lora_rlhf.evaluation.context import Evaluation, EvaluationSettings, SuiteResult, SuiteSkipped
 from lora_rlhf.evaluation.judge import Judge
 from lora_rlhf.evaluation.judge_prompts import (
     grade_conversation,
@@ -94,12 +94,12 @@ def mt_bench_suite(evaluation: Evaluation) -> SuiteResult:
     Raises:
         SuiteSkipped: no questions or no judge are given.
     """
-    file, judge = evaluation.settings.mt_bench_questions, evaluation.judge
-    if file is None:
+    judge = evaluation.judge
+    if evaluation.settings.mt_bench_questions is None:
         raise SuiteSkipped("it needs the questions: --mt_bench_questions FILE")
     if judge is None:
         raise SuiteSkipped("it needs a judge: --judge_model NAME, with --judge_base_url URL for one that is served")
-    questions = spread(read_questions(file), evaluation.settings.limit)
+    questions = asked_questions(evaluation.settings)
     answers = {name: two_turn_answers(evaluation, arm, questions) for name, arm in evaluation.arms.items()}
     result = SuiteResult(notes=[f"Judge: {judge.name}."])
     given = {name: _grades(judge, name, questions, texts) for name, texts in answers.items()}
@@ -138,6 +138,12 @@ def mt_bench_suite(evaluation: Evaluation) -> SuiteResult:
         said = {name: [arm[i] for i in whole] for name, arm in answers.items()}
         result.details["gallery"] = gallery(graded, said, grades)
     return result
+
+
+def asked_questions(settings: EvaluationSettings) -> list[Question]:
+    """Return the questions of the file that is given, as many as the limit lets."""
+    assert settings.mt_bench_questions is not None
+    return spread(read_questions(settings.mt_bench_questions), settings.limit)
 
 
 def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:

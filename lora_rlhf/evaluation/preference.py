@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,17 +97,10 @@ def _verdict(result: SuiteResult) -> dict[str, Any]:
 
 def reward_over_kl(evaluation: Evaluation, readings: dict[str, Reading]) -> list[dict[str, Any]]:
     """Return, for base, every kept policy of the run and Plus: step, KL, and each reading's difference to base."""
-    assert evaluation.run is not None
-    base, answers = evaluation.base_arm, evaluation.held_out_answers()
+    answers = evaluation.held_out_answers()
     of_base = {name: read(answers["base"]) for name, read in readings.items()}
     points = [{"step": 0, "kl": 0.0, **{n: {"value": 0.0, "low": 0.0, "high": 0.0} for n in readings}}]
-    for step, folder in snapshot_folders(evaluation.run):
-        if SNAPSHOT in base.base.configs:
-            base.base.replace_adapter(SNAPSHOT, folder)
-        else:
-            base.base.load_adapter(SNAPSHOT, folder)
-        content = digest(base.fingerprint, folder_fingerprint(folder))
-        arm = LoadedArm(f"step {step}", base.base, SNAPSHOT, base.tokenizer, content)
+    for step, arm in snapshot_arms(evaluation):
         points.append(_point(evaluation, arm, step, evaluation.answers_of(arm), readings, of_base))
     plus = evaluation.arms["plus"]
     points.append(_point(evaluation, plus, evaluation.config.ppo.total_steps, answers["plus"], readings, of_base))
@@ -128,6 +121,19 @@ def _point(
         difference = paired_difference(read(given), of_base[name])
         found[name] = {"value": difference.value, "low": difference.low, "high": difference.high}
     return found
+
+
+def snapshot_arms(evaluation: Evaluation) -> Iterator[tuple[int, LoadedArm]]:
+    """Yield (step, arm) of the policies that the run kept on the way, each played until the next one is asked for."""
+    assert evaluation.run is not None
+    base = evaluation.base_arm
+    for step, folder in snapshot_folders(evaluation.run):
+        if SNAPSHOT in base.base.configs:
+            base.base.replace_adapter(SNAPSHOT, folder)
+        else:
+            base.base.load_adapter(SNAPSHOT, folder)
+        content = digest(base.fingerprint, folder_fingerprint(folder))
+        yield step, LoadedArm(f"step {step}", base.base, SNAPSHOT, base.tokenizer, content)
 
 
 def snapshot_folders(run: Path) -> list[tuple[int, Path]]:

@@ -22,10 +22,8 @@ from lora_rlhf.evaluation.statistics import wilson_interval
 from lora_rlhf.reward.sources import (
     AdapterReward,
     Answers,
-    CombinedReward,
     RewardSource,
     reward_sources,
-    run_reward,
     score_scales,
 )
 from lora_rlhf.reward.training import train_reward_adapter
@@ -66,15 +64,12 @@ def own_reading(evaluation: Evaluation) -> Reading | None:
     if run is None or not (run / "score_scales.json").is_file():
         return None
     scales = {name: asdict(scale) for name, scale in score_scales(run).items()}
-    reward: list[CombinedReward] = []
     adapter = run / "reward_adapter"
     content = folder_fingerprint(adapter) if adapter.is_dir() else ""
 
     def read(given: GivenAnswers) -> list[float]:
         def scored() -> list[float]:
-            if not reward:
-                reward.append(run_reward(config, evaluation.base_arm.base, run))
-            return reward[0].scores(_read(evaluation, given))[0].tolist()
+            return evaluation.own_reward().scores(_read(evaluation, given))[0].tolist()
 
         key = {"what": "reward", "sources": [content, scales, config.ppo.reward_sources], **_rows(evaluation, given)}
         return evaluation.cache.result(key, scored)

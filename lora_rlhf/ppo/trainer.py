@@ -25,9 +25,9 @@ from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.guards import Answered, Guards, check_finite, repetition
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
 from lora_rlhf.ppo.optimization import LossScale, adam, clipped_gradients, learning_rate_share
-from lora_rlhf.ppo.processes import Processes
 from lora_rlhf.ppo.rollout import Rollout, sampled_answers
 from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, state_values, with_rewards
+from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward
 
 Metrics = dict[str, float]

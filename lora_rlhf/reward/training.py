@@ -16,18 +16,33 @@ from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.processes import Processes
 from lora_rlhf.reward.contrast import contrast_pairs
-from lora_rlhf.trl_trainer import checkpoints_beside, on_one_device, trainer_arguments, trl_run
+from lora_rlhf.trl_trainer import checkpoints_beside, on_own_device, trainer_arguments, trl_run
 
 
-def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[PreferencePair], folder: Path) -> None:
+def train_reward_adapter(
+    config: RunConfig,
+    tokenizer: Any,
+    pairs: Sequence[PreferencePair],
+    folder: Path,
+    processes: Processes | None = None,
+) -> None:
     """Train a LoRA reward adapter and write it to `folder` as a stock SEQ_CLS adapter, score head and all.
 
     The loss is the pairwise logistic one; adapter and head are float32, whatever the base computes in.
+
+    Args:
+        config: of the run.
+        tokenizer: of its base.
+        pairs: to learn from.
+        folder: which the first process writes, before any of them returns.
+        processes: that share the training, connected, and hidden from libraries; None means this process alone.
     """
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
+    processes = processes or Processes.one()
     pairs = [*pairs, *contrast_pairs(pairs, config.reward.contrast_share, config.seed)]
     rows = [
         {"chosen_ids": sides["chosen"], "rejected_ids": sides["rejected"], "length": max(map(len, sides.values()))}
@@ -37,23 +52,27 @@ def train_reward_adapter(config: RunConfig, tokenizer: Any, pairs: Sequence[Pref
     torch.manual_seed(config.seed)
     model = load_reward_model(config, tokenizer.pad_token_id)
     identity = base_identity(model)
-    arguments = RewardConfig(
-        **trainer_arguments(config, config.reward, checkpoints_beside(folder)),
-        center_rewards_coefficient=config.reward.center_rewards_coefficient,
-        max_length=None,
-        remove_unused_columns=False,  # the sampler needs `length`
+    arguments = on_own_device(
+        lambda: RewardConfig(
+            **trainer_arguments(config, config.reward, checkpoints_beside(folder)),
+            center_rewards_coefficient=config.reward.center_rewards_coefficient,
+            max_length=None,
+            remove_unused_columns=False,  # the sampler needs `length`
+        )
     )
     trainer = RewardTrainer(
         model=model,
-        args=on_one_device(arguments),
+        args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(config.lora, "SEQ_CLS"),
     )
-    trl_run(trainer, "reward", config)
-    state = get_peft_model_state_dict(trainer.model)
-    head = state.pop(HEAD_KEY)
-    write_adapter(folder, trainer.model.peft_config["default"], state, head, identity)
+    trl_run(trainer, "reward", config, processes)
+    if processes.is_main:
+        state = get_peft_model_state_dict(trainer.model)
+        head = state.pop(HEAD_KEY)
+        write_adapter(folder, trainer.model.peft_config["default"], state, head, identity)
+    processes.wait()
 
 
 def pair_scores(
@@ -68,10 +87,17 @@ def pair_scores(
     return sides[0], sides[1]
 
 
-def reward_accuracy(base: SharedBase, tokenizer: Any, pairs: Sequence[PreferencePair], batch: int) -> dict[str, Any]:
-    """Return the share of pairs whose chosen answer the reward role scores higher, and their number."""
-    chosen, rejected = pair_scores(base, REWARD, tokenizer, pairs, batch)
-    return {"accuracy": (chosen > rejected).float().mean().item(), "n": len(pairs)}
+def reward_accuracy(
+    base: SharedBase, tokenizer: Any, pairs: Sequence[PreferencePair], batch: int, processes: Processes
+) -> dict[str, Any]:
+    """Return the share of pairs whose chosen answer the reward role scores higher, and their number.
+
+    Each of the processes, which are connected, scores its own pairs.
+    """
+    own = pairs[processes.rows(len(pairs))]
+    chosen, rejected = pair_scores(base, REWARD, tokenizer, own, batch)
+    right = processes.whole({"right": chosen > rejected}, len(pairs))["right"]
+    return {"accuracy": right.float().mean().item(), "n": len(pairs)}
 
 
 def _both_ids(tokenizer: Any) -> Any:

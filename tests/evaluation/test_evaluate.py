@@ -97,11 +97,13 @@ def test_every_suite_runs_once_and_a_second_run_repeats_nothing(
 
 def test_without_judge_and_questions_the_rest_runs_and_says_what_is_missing(recipe: Recipe, finished: Path) -> None:
     status, printed = recipe(
-        "evaluate.py", "--output_dir", str(finished), "--suites", "mt_bench", "moderation", "--limit", "4"
+        "evaluate.py", "--output_dir", str(finished), "--suites", "mt_bench", "moderation", "preference", "--limit", "4"
     )
     assert status == 0, printed
     results = results_in(finished)
     assert results["skipped"]["mt_bench"].startswith("it needs the questions: --mt_bench_questions FILE")
+    # two suites read the run's reward, of other answers each
+    assert len(results["suites"]["preference"]["details"]["curve"]) == 4
     assert "cannot tell ability, correctness and safety apart" in results["suites"]["moderation"]["notes"][0]
     assert "Not run: it needs the questions" in (finished / "evaluation" / "report.html").read_text()
 

@@ -13,8 +13,8 @@ from trainer_cases import MakeTrainer
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.preferences import PreferencePair
-from lora_rlhf.ppo.processes import Processes
 from lora_rlhf.ppo.trainer import PpoTrainer
+from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward, FunctionReward, RewardSource, ScoreScale
 
 PROMPTS = ["hi", "tell me a joke", "why?", "what is the sea made of", "a b c d e f g"]

@@ -6,101 +6,41 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from recipe_runs import ROOT, TINY
-from safetensors.torch import load_file
+from launched_runs import (
+    UNEVEN,
+    accelerate,
+    adapters,
+    assert_same_adapters,
+    free_port,
+    kill,
+    launched,
+    log_of,
+    started,
+    wait_for_checkpoint,
+    wait_for_line,
+    workers,
+)
+from recipe_runs import TINY
 from trainer_cases import MakeTrainer
 
 from lora_rlhf.errors import UserError
-from lora_rlhf.ppo.processes import Processes, words_for_the_lost
+from lora_rlhf.processes import Processes, words_for_the_lost
 from lora_rlhf.reward.sources import ScoreScale
 from lora_rlhf.terminal import console, run_recipe
-
-ADAPTERS = ("reward_adapter", "instruct_adapter", "policy_adapter", "value_adapter")
-PPO = [
-    "--ppo.batch_size",
-    "6",
-    "--ppo.micro_batch_size",
-    "2",
-    "--ppo.learning_rate",
-    "3e-4",
-]  # minibatches of 3 answers
-
-
-def launched(
-    folder: Path, launcher: list[str], *options: str, recipe: str = "direct_rlhf_lora.py"
-) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *launcher, f"recipes/{recipe}", *TINY, *PPO, "--output_dir", str(folder)]
-    log = (folder.parent / f"{folder.name}.log").open("ab")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def started(folder: Path, processes: int, *options: str) -> subprocess.Popen[bytes]:
-    """Start a run of one process, or of two by the launch file that comes with the recipes."""
-    return launched(folder, [] if processes == 1 else accelerate("two_gpus", free_port()), *options)
-
-
-def accelerate(name: str, port: int, *options: str) -> list[str]:
-    file = f"recipes/launch/{name}.yaml"
-    return ["-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", str(port), *options]
 
 
 def two_nodes(folder: Path, *options: str) -> list[subprocess.Popen[bytes]]:
     """Start both on this machine, by the launch file for two, with a process each."""
     port = free_port()
     node = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--machine_rank"]
+    options = (*TINY, *UNEVEN, *options)
     return [launched(folder, accelerate("two_nodes", port, *node, str(rank)), *options) for rank in range(2)]
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
-
-
-def workers(run: subprocess.Popen[bytes]) -> list[int]:
-    """Return the processes that do the work of a run that was launched."""
-    listing = ["ps", "-o", "pid=,args=", "--ppid", str(run.pid)]
-    lines = subprocess.run(listing, capture_output=True, text=True, check=False).stdout.splitlines()
-    return [int(line.split()[0]) for line in lines if "direct_rlhf_lora" in line]
-
-
-def kill(run: subprocess.Popen[bytes]) -> None:
-    """Kill the launcher, and the workers, which would go on without it."""
-    processes = [*workers(run), run.pid]
-    for process in processes:
-        os.kill(process, signal.SIGKILL)
-    run.wait()
-    while any(alive(process) for process in processes):
-        time.sleep(0.05)
-
-
-def alive(process: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    except OSError:
-        return False
-
-
-def log_of(folder: Path) -> str:
-    return (folder.parent / f"{folder.name}.log").read_text(encoding="utf-8")
-
-
-def adapters(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": tensor
-        for name in ADAPTERS
-        for key, tensor in load_file(folder / name / "adapter_model.safetensors").items()
-    }
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -116,11 +56,14 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_equal_to(one: Path, other: Path) -> None:
-    expected, found = adapters(one), adapters(other)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
-    assert any(tensor.abs().max() > 0.1 for name, tensor in expected.items() if name.startswith("policy"))
+    assert_same_adapters(one, other)
+    assert any(tensor.abs().max() > 0.1 for tensor in adapters(one, "policy_adapter").values())
     assert steps_of(other) == [1, 2, 3, 4, 5]
+    assert (other / "samples.json").read_text() == (one / "samples.json").read_text()
+    expected, found = (json.loads((folder / "summary.json").read_text()) for folder in (one, other))
+    assert found["reward_model"] == expected["reward_model"]
+    for arm, figures in expected["arms"].items():
+        assert found["arms"][arm] == pytest.approx(figures, abs=2e-6)
 
 
 @pytest.mark.slow
@@ -142,9 +85,7 @@ def test_two_nodes_give_the_adapters_of_one(one: Path, tmp_path: Path) -> None:
 def test_a_run_goes_on_with_another_number_of_processes(one: Path, tmp_path: Path, first: int, then: int) -> None:
     folder = tmp_path / "run"
     run = started(folder, first, "--ppo.total_steps", "5")
-    end = time.monotonic() + 200
-    while not list((folder / "checkpoints" / "ppo").glob("step_*")) and time.monotonic() < end:
-        time.sleep(0.02)
+    wait_for_checkpoint(run, folder, "ppo")
     kill(run)
     assert started(folder, then, "--ppo.total_steps", "5").wait(timeout=300) == 0, log_of(folder)
     assert_equal_to(one, folder)
@@ -154,18 +95,14 @@ def test_a_run_goes_on_with_another_number_of_processes(one: Path, tmp_path: Pat
 def test_a_process_that_dies_takes_the_others_along_and_leaves_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = started(folder, 2, "--ppo.total_steps", "400")
-    end = time.monotonic() + 200
-    while not list((folder / "checkpoints" / "ppo").glob("step_*")) and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for_checkpoint(run, folder, "ppo")
     both = workers(run)
     assert len(both) == 2
     os.kill(both[1], signal.SIGKILL)
     assert run.wait(timeout=60) != 0
     assert re.search("another process of this run has ended or hangs|Signal 9|SIGKILL|exitcode", log_of(folder))
     again = started(folder, 1, "--ppo.total_steps", "400")
-    while not re.search(r"going on after step [1-9]", log_of(folder)):
-        assert again.poll() is None and time.monotonic() < end, log_of(folder)
-        time.sleep(0.05)
+    wait_for_line(again, folder, r"going on after step [1-9]")
     kill(again)
 
 
@@ -177,15 +114,15 @@ def test_a_node_that_ends_before_ppo_ends_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_alone_is_shared_whatever_else_the_run_has_done(tmp_path: Path) -> None:
-    """`ppo_lora.py` on a reward adapter, without SFT; and once more when all is done."""
+def test_a_stage_alone_is_shared_whatever_else_the_run_has_done(one: Path, tmp_path: Path) -> None:
+    """Each by its own recipe, and once more when it is done."""
     folder = tmp_path / "run"
-    reward = launched(folder, [], recipe="reward_lora.py")
-    assert reward.wait(timeout=120) == 0, log_of(folder)
-    for _ in range(2):
-        ppo = launched(folder, accelerate("two_gpus", free_port()), recipe="ppo_lora.py")
-        assert ppo.wait(timeout=120) == 0, log_of(folder)
-    assert "done before: 3 steps" in log_of(folder)
+    for stage in ("reward", "sft", "ppo", "merge", "compare", "reward", "sft", "ppo", "compare"):
+        run = started(folder, 2, "--ppo.total_steps", "5", recipe=f"recipes/{stage}_lora.py")
+        assert run.wait(timeout=200) == 0, log_of(folder)
+    assert "done before: accuracy" in log_of(folder) and "done before: 5 steps" in log_of(folder)
+    assert log_of(folder).count("win rate vs") == 2  # the table of the arms
+    assert_equal_to(one, folder)
 
 
 @pytest.mark.slow

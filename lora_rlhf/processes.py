@@ -1,8 +1,9 @@
 """The processes of one run, one per GPU: which rows are whose, and how their parts become the whole.
 
-Every process knows all prompts, draws the same random numbers and holds the same adapters. Each samples, scores and
+Every process knows all examples, draws the same random numbers and holds the same adapters. Each samples, scores and
 learns from its own rows; answers and scores are put together again, and gradients added up, so that normalisation,
 whitening and every metric are over the whole batch. The result does not depend on how many processes there are.
+Loading, merging and all writing are the first process's.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_rlhf.base.packing import left_padded
 from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import ran_out
-from lora_rlhf.ppo.rollout import Rollout
-from lora_rlhf.ppo.scoring import Scored
+
+if TYPE_CHECKING:
+    from lora_rlhf.ppo.rollout import Rollout
+    from lora_rlhf.ppo.scoring import Scored
 
 SAMPLED = ("response_ids", "action_mask", "score_ids", "score_mask", "ended", "sampled_logprobs")
 SCORED = ("logprobs", "reference", "entropy", "values", "score")
@@ -29,16 +32,26 @@ LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 """By which a process knows of the others."""
 WAIT = timedelta(minutes=10)
 """For another process's part of a step; one that died is noticed at once, one that hangs after this."""
+BUCKET_BYTES = 64 * 2**20
+"""Of gradients that are copied together to be summed."""
 
 
 class Processes:
     """The processes that `accelerate launch` or `torchrun` started; one alone without them."""
 
     def __init__(self) -> None:
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.count, self.rank = launched(), int(os.environ.get("RANK", "0"))
         self._board: torch.distributed.Store | None = None
+        self._groups = 0
         if self.count > 1 and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+    @classmethod
+    def one(cls) -> Processes:
+        """Return this process as the only one, whatever was launched."""
+        processes = cls()
+        processes.count, processes.rank = 1, 0
+        return processes
 
     def meet(self) -> None:
         """Find the store of the launcher, through which `tell` and `told` go; raise `UserError` where there is none."""
@@ -72,30 +85,34 @@ class Processes:
         if self.count == 1:
             yield
             return
-        from accelerate import PartialState
-
+        self.meet()
+        assert self._board is not None
+        store = torch.distributed.PrefixStore(f"group/{self._groups}", self._board)  # addresses of one before are stale
+        self._groups += 1
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
         try:
             with words_for_the_lost():
-                PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
+                torch.distributed.init_process_group(
+                    backend, store=store, rank=self.rank, world_size=self.count, timeout=WAIT
+                )
                 yield
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-            PartialState._reset_state()
+            _forget_in_accelerate()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Let libraries inside the block see no other processes: a stage that one process does by itself."""
+        """Let libraries inside the block see no other processes; this object still reaches them where `connected`."""
         hidden = {name: os.environ.pop(name) for name in LAUNCHED if name in os.environ} if self.count > 1 else {}
+        if hidden:
+            _forget_in_accelerate()
         try:
             yield
         finally:
             if hidden:
-                from accelerate.state import AcceleratorState, PartialState
-
                 os.environ |= hidden
-                AcceleratorState._reset_state(reset_partial_state=True)
-                PartialState._reset_state()
+                _forget_in_accelerate()
 
     @property
     def is_main(self) -> bool:
@@ -124,31 +141,36 @@ class Processes:
             return part
         device = part.response_ids.device
         query_ids, query_mask = left_padded(prompts, pad, device)
-        parts = gathered({name: getattr(part, name).cpu() for name in SAMPLED} | {"texts": part.texts})
-        texts = [""] * len(prompts)
-        for rank, other in enumerate(parts):
-            texts[rank :: self.count] = other["texts"]
-        whole = {name: self._interleaved([other[name] for other in parts], device) for name in SAMPLED}
-        return Rollout(query_ids=query_ids, query_mask=query_mask, texts=texts, **whole)
+        whole = self.whole({name: getattr(part, name) for name in (*SAMPLED, "texts")}, len(prompts))
+        return replace(part, query_ids=query_ids, query_mask=query_mask, **whole)
 
     def whole_scores(self, part: Scored, total: int) -> Scored:
         """Return the scores of all rows, given the part of `rows`; `common` stays this process's own."""
         if not self.splits(total):
             return part
-        device, names = part.score.device, list(part.raw_scores)
-        parts = gathered(
-            {name: getattr(part, name).cpu() for name in SCORED} | {f"raw {n}": part.raw_scores[n].cpu() for n in names}
-        )
-        whole = {name: self._interleaved([other[name] for other in parts], device) for name in SCORED}
-        raw = {name: self._interleaved([other[f"raw {name}"] for other in parts], device) for name in names}
-        return replace(part, raw_scores=raw, **whole)
+        whole = self.whole({name: getattr(part, name) for name in SCORED}, total)
+        return replace(part, raw_scores=self.whole(part.raw_scores, total), **whole)
 
-    def _interleaved(self, parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    def whole(self, part: Mapping[str, Any], total: int) -> dict[str, Any]:
+        """Return what there is of all rows, given what there is of `rows(total)`.
+
+        Args:
+            part: lists, or tensors [rows, ...] which come back on their device.
+            total: rows of the whole batch.
+        """
+        if not self.splits(total):
+            return dict(part)
+        parts = gathered({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in part.items()})
+        return {name: self._interleaved([other[name] for other in parts], own) for name, own in part.items()}
+
+    def _interleaved(self, parts: list[Any], own: Any) -> Any:
         total = sum(map(len, parts))
-        whole = parts[0].new_empty((total, *parts[0].shape[1:]))
+        whole: Any = [None] * total
+        if isinstance(own, torch.Tensor):
+            whole = own.new_empty((total, *own.shape[1:]), device="cpu")
         for rank, part in enumerate(parts):
             whole[rank :: self.count] = part
-        return whole.to(device)
+        return whole.to(own.device) if isinstance(own, torch.Tensor) else whole
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Add up the gradients of all processes; a parameter has none afterwards where no process had one."""
@@ -157,23 +179,31 @@ class Processes:
         device = parameters[0].device
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
         torch.distributed.all_reduce(has, torch.distributed.ReduceOp.MAX)
-        found = [p for p, any_has in zip(parameters, has.tolist(), strict=True) if any_has]
-        if not found:
-            return
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in found])
-        torch.distributed.all_reduce(flat)
-        for parameter, total in zip(found, flat.split([p.numel() for p in found]), strict=True):
-            parameter.grad = total.view_as(parameter).clone()
+        summed = [p for p, any_has in zip(parameters, has.tolist(), strict=True) if any_has]
+        for parameter in summed:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([p.grad for p in summed if p.grad is not None], BUCKET_BYTES):
+            if len(bucket) == 1:
+                torch.distributed.all_reduce(bucket[0])
+                continue
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            torch.distributed.all_reduce(flat)
+            for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(total.view_as(gradient))
 
-    def sum_numbers(self, numbers: dict[str, float], largest: Sequence[str]) -> dict[str, float]:
-        """Return the sums over all processes, or the largest of those that are named."""
+    def sum_numbers(self, numbers: dict[str, float], largest: Sequence[str] = ()) -> dict[str, float]:
+        """Return the sums over the processes that have a number, or the largest of those that are named."""
         if self.count == 1:
             return numbers
         parts = gathered(numbers)
-        return {
-            name: max(part[name] for part in parts) if name in largest else sum(part[name] for part in parts)
-            for name in numbers
-        }
+        found: dict[str, float] = {}
+        for name, number in (item for part in parts for item in part.items()):
+            if name not in found:
+                found[name] = number
+            else:
+                found[name] = max(found[name], number) if name in largest else found[name] + number
+        return found
 
     def any(self, here: bool) -> bool:
         """Return whether it holds in any process."""
@@ -192,6 +222,11 @@ class Processes:
         return value if self.count == 1 else gathered(value)[0]
 
 
+def launched() -> int:
+    """Return how many processes were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def gathered(value: Any) -> list[Any]:
     """Return the value of every process, by rank.
 
@@ -201,6 +236,26 @@ def gathered(value: Any) -> list[Any]:
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value)
     return found
+
+
+def _buckets(tensors: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
+    """Yield the tensors in order, several together while they take at most `most` bytes; a larger one by itself."""
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(other.nbytes for other in bucket) + tensor.nbytes > most:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def _forget_in_accelerate() -> None:
+    """Let accelerate look anew for other processes when it is asked next."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
 
 
 @contextlib.contextmanager
