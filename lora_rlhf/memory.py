@@ -128,6 +128,10 @@ def main() -> None:
     card = card_named(given.card) if given.card else None
     size = card.memory_gib if card and given.gpu_gib is None else given.gpu_gib
     config = with_checkpointing_decided(config_from_command_line(__doc__, rest), size)
+    if card and not card.computes_in(config.dtype):
+        raise UserError(
+            f"--card {given.card}: {card.name} has no {config.dtype}, and would emulate it: --dtype float16"
+        )
     usable, on_cuda = usable_bytes(size)
     plans = peaks(config, model_shape(config), on_cuda, usable)
     console.print(memory_table(plans, usable))
@@ -160,7 +164,8 @@ def cards_that_fit(config: RunConfig) -> list[str]:
     fitting = []
     for name, card in CARDS.items():
         usable, on_cuda = usable_bytes(card.memory_gib)
-        if max(plan.total for plan in peaks(config, shape, on_cuda, usable)) <= usable:
+        fits = max(plan.total for plan in peaks(config, shape, on_cuda, usable)) <= usable
+        if fits and card.computes_in(config.dtype):
             fitting.append(name)
     return fitting
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_rlhf.base.devices import AMPERE
 from lora_rlhf.errors import UserError
 
 
@@ -17,7 +18,7 @@ class Card:
         bandwidth: bytes per second between its memory and its multiprocessors.
         matmul: floating-point operations per second of dense 16-bit matrix products with float32 sums.
         multiprocessors: their number, on which bitsandbytes' choice of kernel depends.
-        capability: CUDA compute capability (major, minor); bfloat16 arithmetic begins with (8, 0).
+        capability: CUDA compute capability (major, minor).
     """
 
     name: str
@@ -26,6 +27,10 @@ class Card:
     matmul: float
     multiprocessors: int
     capability: tuple[int, int]
+
+    def computes_in(self, dtype: str) -> bool:
+        """Return whether it has arithmetic of a dtype, and does not only emulate it."""
+        return dtype != "bfloat16" or self.capability >= AMPERE
 
 
 CARDS = {

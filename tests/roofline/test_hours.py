@@ -139,3 +139,14 @@ def test_a_card_that_is_not_known_is_named_with_those_that_are(
 ) -> None:
     with pytest.raises(UserError, match="--card gtx1080: known cards are rtx3090, rtx4090"):
         said(monkeypatch, capsys, "--config", "recipes/configs/tiny.yaml", "--card", "gtx1080")
+
+
+def test_a_card_without_bfloat16_is_refused_until_the_run_computes_in_float16(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_from_file("recipes/configs/tiny.yaml")
+    assert "t4" not in memory.cards_that_fit(replace(config, dtype="bfloat16"))
+    assert "t4" in memory.cards_that_fit(replace(config, dtype="float16"))
+    words = ["--config", "recipes/configs/tiny.yaml", "--dtype", "bfloat16"]
+    with pytest.raises(UserError, match="T4 has no bfloat16, and would emulate it: --dtype float16"):
+        said(monkeypatch, capsys, *words, "--card", "t4")
