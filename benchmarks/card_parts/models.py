@@ -78,13 +78,25 @@ def config_of_size(bench: Bench) -> Any:
     return mistral_config(bench, size.hidden, size.layers, size.inner, size.heads)
 
 
+def quantized_linear(weight: torch.Tensor) -> Any:
+    """Return a linear layer without bias whose weight [out, in] is quantised to NF4 on its own device."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    outputs, inputs = weight.shape
+    layer = Linear4bit(
+        inputs, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device=torch.device("meta")
+    )
+    layer.weight = Params4bit(weight, quant_type="nf4", module=layer).to(weight.device)
+    layer.support_avx512bf16_for_cpu = False  # see `lora_rlhf.base.loading`
+    return layer
+
+
 def random_causal_lm(bench: Bench, config: Any, seed: int = 0) -> Any:
     """Return a random model with NF4 weights (double quantisation) on the device, as loading leaves one.
 
     Speed and memory do not depend on what the weights are, as long as they are neither zero nor NaN. The end of an
     answer is made as likely as the average token, so that nearly all answers are as long as they may be.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import MistralForCausalLM
 
     before = torch.get_default_dtype()
@@ -105,13 +117,7 @@ def random_causal_lm(bench: Bench, config: Any, seed: int = 0) -> Any:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":
-                quantized = Linear4bit(
-                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                    device=torch.device("meta"),
-                )  # fmt: skip
-                weight = drawn(child.out_features, child.in_features)
-                quantized.weight = Params4bit(weight, quant_type="nf4", module=quantized).to(bench.device)
-                quantized.support_avx512bf16_for_cpu = False  # see `lora_rlhf.base.loading`
+                quantized = quantized_linear(drawn(child.out_features, child.in_features))
                 setattr(module, name, quantized)
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta":

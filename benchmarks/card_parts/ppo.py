@@ -43,8 +43,7 @@ def ppo(bench: Bench) -> Iterator[tuple[str, Figures]]:
     return_freed_memory()
     yield f"{MAIN}, value_model: head", bench.attempt(whole_step(bench, MAIN, bench.cap_gib, value_model="head"), 30)
     return_freed_memory()
-    smaller = bench.cap_gib and 16.0
-    yield f"{SMALL} under 16 GiB", bench.attempt(whole_step(bench, SMALL, smaller), 45)
+    yield f"{SMALL} under 16 GiB", bench.attempt(whole_step(bench, SMALL, 16.0), 45)
 
 
 class PhaseMeter:
