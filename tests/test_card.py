@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import card
 import torch
 from card_parts.bench import SIZES, Bench, Figures
+from card_parts.embedded_run import embedded_model
 from card_parts.models import (
     config_of_size,
     mixed_prompts,
@@ -30,14 +32,16 @@ from card_parts.models import (
     whole_vocabulary_tokenizer,
     write_model,
 )
-from card_parts.peers import agreement_of, numbers_of
+from card_parts.peers import agreement_of, numbers_of, random_model, written_model
 from card_parts.ppo import MAIN, planned_shape, token_floor, update_flops
 from card_parts.profiled import device_figures
 from card_table import NOT_YET, tables
+from safetensors.torch import load_file
 from shapes import Rates
 
 from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import POLICY
+from lora_rlhf.errors import UserError
 from lora_rlhf.ppo.decoding import stop_position
 
 WHY_NOT = ("not_measured", "skipped")
@@ -200,14 +204,22 @@ def test_a_second_run_adds_to_the_first(tmp_path: Path, bench: Bench) -> None:
     assert figures == {"one": 1, "two": 3}
 
 
-def test_what_cannot_be_done_is_said_before_any_work(tmp_path: Path) -> None:
-    done = run("--out", str(tmp_path / "out"), "--gguf_parts", str(tmp_path / "half"))
-    assert done.returncode == 2 and "--gguf_parts: no file" in done.stdout
-    if not torch.cuda.is_available():
-        large = subprocess.run(
-            [*command("--out", str(tmp_path / "out")), "--size", "mistral"], capture_output=True, text=True, check=False
-        )
-        assert large.returncode == 2 and "needs a CUDA device" in large.stdout
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"gguf_parts": [Path("half")]}, "--gguf_parts: no file half"),
+        ({"peer_path": Path("nowhere")}, "--peer_path: no folder nowhere"),
+        ({"out": ROOT / "LICENSE" / "out"}, "--out: .* cannot be made"),
+        pytest.param(
+            {"size": "mistral"}, "--size mistral needs a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_before_any_work(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    given = {"size": "tiny", "out": tmp_path, "gguf_parts": [], "peer_path": None} | changed
+    with pytest.raises(UserError, match=said):
+        card.checked_device(argparse.Namespace(**given))
 
 
 # -- what the parts are made of ---------------------------------------------------------------------------------------
@@ -246,6 +258,30 @@ def test_numbers_of_two_bases_agree_where_they_are_the_same_and_not_else(bench: 
     assert all(torch.equal(p, b) for p, b in zip(first.parameters(POLICY), before, strict=True))
     assert set(agreement_of(numbers_of(bench, second), ours).values()) == {0.0}
     assert agreement_of(numbers_of(bench, other), ours)["gradient_error"] > 0.5
+
+
+@pytest.mark.slow
+def test_a_backend_in_a_process_of_its_own_agrees_with_ours(bench: Bench) -> None:
+    folder, file = written_model(bench), bench.folder / "numbers.safetensors"
+    words = ["--backend", "transformers", "--model", str(folder), "--size", "tiny", "--numbers", str(file)]
+    script = ROOT / "benchmarks" / "peers" / "backend_step.py"
+    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script), *words], capture_output=True, text=True, env=environment() | {"PYTHONPATH": path},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["seconds"]["step"] > 0
+    ours = numbers_of(bench, shared_base(step_config(bench, MAIN, None), random_model(bench)))
+    assert set(agreement_of(load_file(file), ours).values()) == {0.0}
+
+
+def test_pieces_that_are_not_the_embedded_model_are_refused(bench: Bench) -> None:
+    for name in ("a", "b"):
+        (bench.folder / name).write_bytes(b"GGUF")
+        bench.gguf_parts.append(bench.folder / name)
+    with pytest.raises(UserError, match="gguf_parts"):
+        embedded_model(bench)
 
 
 def test_the_floor_and_the_flops_by_hand(bench: Bench) -> None:

@@ -76,8 +76,9 @@ def embedded_model(bench: Bench) -> str | None:
     content = b"".join(part.read_bytes() for part in bench.gguf_parts)
     if hashlib.sha256(content).hexdigest() != GGUF_SHA256:
         raise UserError("--gguf_parts: joined in this order, the files are not the embedded model's GGUF")
-    gguf, folder = bench.folder / Path(GGUF).name, bench.folder / "embedded_model"
+    gguf, folder = bench.folder / "gguf" / Path(GGUF).name, bench.folder / "embedded_model"
+    for made in (gguf.parent, folder):
+        made.mkdir()
     gguf.write_bytes(content)
-    folder.mkdir()
     convert_gguf(gguf, folder)
     return str(folder)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,8 +87,14 @@ def trl(bench: Bench) -> Iterator[tuple[str, Figures]]:
         first_on_path(peer),
         contextlib.closing(Contestant(PEER_VERSION, [sys.executable, str(PEERS / "trl_ppo.py"), *words])) as contestant,
     ):
-        contestant.step()
-        yield "step", contestant.step() | {"batch": s.batch_size, "answer_tokens": s.response_length}
+        overdue = threading.Timer(max(60.0, bench.seconds_left), contestant.process.kill)
+        overdue.start()
+        try:
+            contestant.step()
+            figures = contestant.step()
+        finally:
+            overdue.cancel()
+        yield "step", figures | {"batch": s.batch_size, "answer_tokens": s.response_length}
 
 
 def random_model(bench: Bench) -> Any:
