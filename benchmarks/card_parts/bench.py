@@ -85,7 +85,7 @@ class Bench:
         folder: for files that are not kept.
         peer_path: folder with TRL 1.12, unpacked or as a wheel.
         gguf_parts: files that, joined, are the embedded model's GGUF.
-        rates: what the card does at best; measured by the first part.
+        measured_rates: what the device does at best; None until `rates` is asked for.
     """
 
     size: Size
@@ -121,7 +121,7 @@ class Bench:
 
     @property
     def rates(self) -> Rates:
-        """Return the measured limits of the device, measuring them first where no part has."""
+        """The measured limits of the device; measured where no part has asked for them before."""
         if self.measured_rates is None:
             from card_parts.limits import measured_limits
 

@@ -36,7 +36,7 @@ SHORT: dict[str, Any] = {"reward": {"max_steps": 1}, "sft": {"max_steps": 1}, "p
 def embedded_run(bench: Bench) -> Iterator[tuple[str, Figures]]:
     """Yield the seconds of each stage as it ends, and the arms' figures."""
     output_dir = bench.folder / "embedded_run"
-    if bench.size.layers == 2:
+    if bench.size.name == "tiny":
         config = run_config("tiny.yaml", output_dir, SHORT)
     elif (model := embedded_model(bench)) is None:
         yield "run", {"not_measured": "the embedded model is not here: --gguf_parts names the files it is joined from"}

@@ -16,8 +16,8 @@ from card_parts.models import config_of_size, mixed_prompts, random_causal_lm, s
 from card_parts.ppo import MAIN
 from lora_rlhf.base.shared import POLICY
 from lora_rlhf.memory_peak import return_freed_memory
-from lora_rlhf.ppo.decoding import Sampling, decoder_of
-from lora_rlhf.ppo.rollout import Rollout, model_answers
+from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.rollout import Rollout, sampled_answers
 from lora_rlhf.ppo.scoring import Scored
 from lora_rlhf.ppo.trainer import PpoTrainer
 
@@ -35,11 +35,9 @@ def profiled(bench: Bench) -> Iterator[tuple[str, Figures]]:
         rows, context, _ = bench.size.decoded
         third = ThirdToken(bench)
         handle = base.trunk.register_forward_pre_hook(third)
-        sampling = Sampling(4, 1.0, tuple(config.ppo.stop_strings))
-        with base.role(POLICY):
-            prompts = mixed_prompts(bench, context)[:rows]
-            generator = torch.Generator().manual_seed(0)
-            model_answers(decoder_of(base.causal_lm), prompts, sampling, bench.tokenizer, generator, base.autocast())
+        sampling = Sampling(4, 1.0, tuple(config.ppo.stop_strings), expand_weights=False)
+        prompts, generator = mixed_prompts(bench, context)[:rows], torch.Generator().manual_seed(0)
+        sampled_answers(base, POLICY, prompts, sampling, bench.tokenizer, generator)
         handle.remove()
         yield "one decoded token", third.profile.figures() | {"rows": rows, "context": context}
         del base, third, handle
