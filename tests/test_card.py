@@ -1,0 +1,325 @@
+"""The benchmark for cards runs whole on a CPU, and keeps what it has whatever happens to it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import card
+import torch
+from card_parts.bench import SIZES, Bench, Figures
+from card_parts.embedded_run import embedded_model
+from card_parts.models import (
+    config_of_size,
+    mixed_prompts,
+    random_causal_lm,
+    shared_base,
+    step_config,
+    whole_vocabulary_tokenizer,
+    write_model,
+)
+from card_parts.peers import agreement_of, numbers_of, random_model, written_model
+from card_parts.ppo import MAIN, planned_shape, token_floor, update_flops
+from card_parts.profiled import device_figures
+from card_table import NOT_YET, tables
+from safetensors.torch import load_file
+from shapes import Rates
+
+from lora_rlhf.base.loading import load_causal_lm
+from lora_rlhf.base.shared import POLICY
+from lora_rlhf.errors import UserError
+from lora_rlhf.ppo.decoding import stop_position
+
+WHY_NOT = ("not_measured", "skipped")
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, str(ROOT / "benchmarks" / "card.py"), "--size", "tiny", *words]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*words), capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment(), check=False
+    )
+
+
+def result(out: Path) -> dict[str, Any]:
+    return json.loads((out / "card.json").read_text(encoding="utf-8"))
+
+
+def numbers(figures: Any) -> Iterator[float]:
+    for value in figures.values() if isinstance(figures, dict) else figures if isinstance(figures, list) else [figures]:
+        if isinstance(value, dict | list):
+            yield from numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield value
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(SIZES["tiny"], torch.device("cpu"), 24.0, time.monotonic() + 600, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every part."""
+    out = tmp_path_factory.mktemp("card")
+    done = run("--out", str(out), "--cap_gib", "24")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_every_part_has_figures_or_says_why_not(whole: Path) -> None:
+    parts = result(whole)["parts"]
+    assert list(parts) == list(card.PARTS)
+    for name, part in parts.items():
+        assert part["status"] == "done" and part["figures"], name
+        for what, figures in part["figures"].items():
+            reasons = [figures[word] for word in WHY_NOT if word in figures]
+            assert "error" not in figures, (name, what, figures)
+            assert reasons or list(numbers(figures)) or name == "limits", (name, what)
+            assert all(len(reason.split()) > 2 for reason in reasons), (name, what)
+            assert all(math.isfinite(number) for number in numbers(figures)), (name, what)
+
+
+def test_whole_steps_report_seconds_peaks_and_shares(whole: Path) -> None:
+    figures = result(whole)["parts"]["ppo"]["figures"]
+    steps = {name: f for name, f in figures.items() if name.startswith("mistral")}
+    assert len(steps) == 3
+    for f in steps.values():
+        assert sum(f["seconds"][phase] for phase in ("rollout", "score", "update")) <= f["seconds"]["step"]
+        assert all(f["peaks"][phase]["allocated_gib"] > 0 < f["planned_gib"][phase] for phase in f["peaks"])
+        assert 0 < f["rollout_share_of_floor"] < 1 and 0 < f["update_model_flops_utilisation"] < 1
+        assert f["mean_answer_tokens"] > 5  # of 6
+    assert len([name for name in figures if name.startswith("update in micro-batches")]) == 5
+
+
+def test_what_is_right_on_a_cpu_is_right(whole: Path) -> None:
+    parts = result(whole)["parts"]
+    said = [
+        inner["right"]
+        for part in ("correctness", "training")
+        for figures in parts[part]["figures"].values()
+        for inner in (figures, *figures.values())
+        if isinstance(inner, dict) and "right" in inner
+    ]
+    assert len(said) >= 10 and all(said)
+
+
+def test_the_arms_of_the_recipe_are_there(whole: Path) -> None:
+    figures = result(whole)["parts"]["embedded"]["figures"]
+    assert {"base", "instruct", "plus"} == figures["arms"].keys()
+    assert {f"{name} stage" for name in ("base", "reward", "instruct", "ppo", "merge", "compare")} < figures.keys()
+
+
+def test_lines_hold_what_the_whole_holds_and_the_log_is_kept(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "card.jsonl").read_text(encoding="utf-8").splitlines()]
+    of_parts: dict[str, Figures] = {}
+    for line in lines:
+        if "what" in line:
+            of_parts.setdefault(line["part"], {})[line["what"]] = line["figures"]
+    assert of_parts == {name: part["figures"] for name, part in result(whole)["parts"].items()}
+    assert "correctness: done" in (whole / "card.log").read_text(encoding="utf-8")
+    assert sum(file.stat().st_size for file in whole.iterdir()) < 2**20
+
+
+def test_a_cpu_makes_no_table(whole: Path) -> None:
+    assert tables([result(whole)]) == NOT_YET
+
+
+def test_nothing_begins_that_the_budget_has_no_room_for(tmp_path: Path) -> None:
+    done = run("--out", str(tmp_path), "--budget", "1", "--parts", "decode", "limits")
+    parts = result(tmp_path)["parts"]
+    assert done.returncode == 0 and list(parts) == ["limits", "decode"]
+    assert all(part["status"] == "skipped" and "are left" in part["reason"] for part in parts.values())
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("--out", str(tmp_path), "--parts", "limits", "ppo", "decode"), text=True, cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and '"part": "ppo"' not in read(tmp_path / "card.jsonl"):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    parts = result(tmp_path)["parts"]
+    assert process.returncode == 130 and "is kept" in printed, printed
+    assert parts["limits"]["status"] == "done" and parts["ppo"]["status"] == "stopped" and parts["ppo"]["figures"]
+    assert "decode" not in parts
+
+
+def read(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path, bench: Bench) -> None:
+    def broken(_: Bench) -> Iterator[tuple[str, Figures]]:
+        """Break."""
+        yield "first", {"ms": 1.0}
+        raise ValueError("the second one broke")
+
+    def sound(_: Bench) -> Iterator[tuple[str, Figures]]:
+        """Go on."""
+        yield "third", {"rate": math.inf}
+
+    record = card.Record(tmp_path, {"device": "CPU"})
+    card.run_parts({"broken": card.Planned(broken, 1), "sound": card.Planned(sound, 1)}, bench, record)
+    parts = result(tmp_path)["parts"]
+    assert parts["broken"]["status"] == "failed" and parts["broken"]["figures"] == {"first": {"ms": 1.0}}
+    assert parts["broken"]["error"] == "ValueError: the second one broke"
+    assert parts["sound"]["status"] == "done" and parts["sound"]["figures"] == {"third": {"rate": "inf"}}
+
+
+def test_a_second_run_adds_to_the_first(tmp_path: Path, bench: Bench) -> None:
+    def counting(number: int) -> card.Part:
+        def part(_: Bench) -> Iterator[tuple[str, Figures]]:
+            yield "number", {"is": number}
+
+        return part
+
+    for parts in ({"one": 1, "two": 2}, {"two": 3}):
+        record = card.Record(tmp_path, {"device": "CPU"})
+        card.run_parts({name: card.Planned(counting(n), 1) for name, n in parts.items()}, bench, record)
+    figures = {name: part["figures"]["number"]["is"] for name, part in result(tmp_path)["parts"].items()}
+    assert figures == {"one": 1, "two": 3}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"gguf_parts": [Path("half")]}, "--gguf_parts: no file half"),
+        ({"peer_path": Path("nowhere")}, "--peer_path: no folder nowhere"),
+        ({"out": ROOT / "LICENSE" / "out"}, "--out: .* cannot be made"),
+        pytest.param(
+            {"size": "mistral"}, "--size mistral needs a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_before_any_work(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+    given = {"size": "tiny", "out": tmp_path, "gguf_parts": [], "peer_path": None} | changed
+    with pytest.raises(UserError, match=said):
+        card.checked_device(argparse.Namespace(**given))
+
+
+# -- what the parts are made of ---------------------------------------------------------------------------------------
+
+
+def test_every_id_of_the_vocabulary_decodes_and_stop_strings_are_found() -> None:
+    tokenizer = whole_vocabulary_tokenizer(2000)
+    assert len(tokenizer) == 2000
+    assert all(tokenizer.decode([i]) for i in range(5, 2000))
+    text = [1999, *tokenizer("\n\nHuman:", add_special_tokens=False)["input_ids"], 1998]
+    assert stop_position(tokenizer, text, ("\n\nHuman:",)) == (1, len(text) - 1, tokenizer.decode([1999]))
+    assert tokenizer("as it is")["input_ids"] == whole_vocabulary_tokenizer(600)("as it is")["input_ids"]
+
+
+def test_prompts_differ_in_length_and_reach_the_longest(bench: Bench) -> None:
+    lengths = {len(prompt) for prompt in mixed_prompts(bench, 24)}
+    assert lengths == set(range(3, 25))
+
+
+def test_a_written_model_is_the_one_in_memory(bench: Bench) -> None:
+    model = random_causal_lm(bench, config_of_size(bench))
+    write_model(model, bench.tokenizer, bench.folder / "model")
+    config = step_config(bench, MAIN, None)
+    config.model_name_or_path = str(bench.folder / "model")
+    ids = torch.arange(5, 40)[None]
+    assert torch.equal(load_causal_lm(config)(ids).logits, model(ids).logits)
+
+
+def test_numbers_of_two_bases_agree_where_they_are_the_same_and_not_else(bench: Bench) -> None:
+    config = step_config(bench, MAIN, None)
+    first, second, other = (
+        shared_base(config, random_causal_lm(bench, config_of_size(bench), seed)) for seed in (0, 0, 1)
+    )
+    before = [p.clone() for p in first.parameters(POLICY)]
+    ours = numbers_of(bench, first)
+    assert all(torch.equal(p, b) for p, b in zip(first.parameters(POLICY), before, strict=True))
+    assert set(agreement_of(numbers_of(bench, second), ours).values()) == {0.0}
+    assert agreement_of(numbers_of(bench, other), ours)["gradient_error"] > 0.5
+
+
+@pytest.mark.slow
+def test_a_backend_in_a_process_of_its_own_agrees_with_ours(bench: Bench) -> None:
+    folder, file = written_model(bench), bench.folder / "numbers.safetensors"
+    words = ["--backend", "transformers", "--model", str(folder), "--size", "tiny", "--numbers", str(file)]
+    script = ROOT / "benchmarks" / "peers" / "backend_step.py"
+    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script), *words], capture_output=True, text=True, env=environment() | {"PYTHONPATH": path},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["seconds"]["step"] > 0
+    ours = numbers_of(bench, shared_base(step_config(bench, MAIN, None), random_model(bench)))
+    assert set(agreement_of(load_file(file), ours).values()) == {0.0}
+
+
+def test_pieces_that_are_not_the_embedded_model_are_refused(bench: Bench) -> None:
+    for name in ("a", "b"):
+        (bench.folder / name).write_bytes(b"GGUF")
+        bench.gguf_parts.append(bench.folder / name)
+    with pytest.raises(UserError, match="gguf_parts"):
+        embedded_model(bench)
+
+
+def test_the_floor_and_the_flops_by_hand(bench: Bench) -> None:
+    """Two layers of 2 · 64² + 2 · 64 · 32 + 3 · 64 · 128 weights, a head of 600 · 64, keys and values of width 32."""
+    shape = planned_shape(bench)
+    body, head = 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 128), 600 * 64
+    read = body * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * head + 3 * 10 * 2 * 2 * 32 * 2
+    assert token_floor(shape, Rates(1e9, 1e15), 3, 10) == pytest.approx(read / 1e9)
+    assert token_floor(shape, Rates(1e15, 1e9), 3, 10) == pytest.approx(2 * (body + head) * 3 / 1e9)
+    config = step_config(bench, MAIN, None)
+    epochs, batch = config.ppo.num_ppo_epochs, config.ppo.batch_size
+    expected = epochs * batch * (2 * 4 * body * (7 + 5) + 4 * head * 5)
+    assert update_flops(shape, config, 7, 5) == expected
+
+
+def test_idle_time_is_what_no_kernel_fills() -> None:
+    """Kernels at 0-10, 5-12 (beside it) and 20-30 µs: busy 22 of 30."""
+    figures = device_figures([("a", 20, 30), ("b", 5, 12), ("a", 0, 10)])
+    assert (figures["kernels"], figures["device_busy_ms"], figures["device_idle_ms"]) == (3, 0.022, 0.008)
+    assert figures["device_idle_share"] == pytest.approx(8 / 30)
+    assert figures["longest_kernels"][0] == {"name": "a", "count": 2, "ms": 0.02}
+
+
+def test_a_table_is_made_of_what_was_measured(whole: Path) -> None:
+    measured = result(whole)
+    measured["run"]["device"] = "Some Card"
+    measured["parts"]["ppo"]["figures"]["update in micro-batches of 16, checkpointing off"] = {
+        "error": "OutOfMemoryError: CUDA out of memory"
+    }
+    text = tables([measured])
+    step = measured["parts"]["ppo"]["figures"][MAIN]["seconds"]["step"]
+    assert text.startswith("Some Card, torch ") and "held to 24 GiB" in text
+    assert f"**{step:.1f}**" in text and "| out of memory |" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows)
+
+
+def test_without_a_result_file_nothing_has_been_measured(tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "benchmarks" / "card_table.py"), str(tmp_path / "none.json")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == NOT_YET
