@@ -32,9 +32,13 @@ class _LoraLinear(torch.autograd.Function):
         b: torch.Tensor | None,
         scaling: float,
     ) -> torch.Tensor:
-        y, low = _product(x, weight(), bias, a, b, scaling)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
-        ctx.save_for_backward(*([] if a is None else [x, low, a, b]))
+        if a is None or b is None:
+            return _product(x, weight(), bias, None, None, scaling)[0]
+        ctx.master_dtype = a.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)  # kept for backward, which would cast them once more
+        y, low = _product(x, weight(), bias, a, b, scaling)
+        ctx.save_for_backward(x, low, a, b)
         return y
 
     @staticmethod
@@ -45,12 +49,12 @@ class _LoraLinear(torch.autograd.Function):
         da = db = None
         if kept:
             x, low, a, b = kept
-            back = (dy @ b.to(dy.dtype)).mul_(ctx.scaling)
+            back = (dy @ b).mul_(ctx.scaling)
             if dx is not None:
-                dx.addmm_(back, a.to(dy.dtype))
+                dx.addmm_(back, a)
             if ctx.needs_input_grad[3]:
-                da = (back.T @ x.reshape(-1, x.shape[-1])).to(a.dtype)
-                db = (dy.T @ low).mul_(ctx.scaling).to(b.dtype)
+                da = (back.T @ x.reshape(-1, x.shape[-1])).to(ctx.master_dtype)
+                db = (dy.T @ low).mul_(ctx.scaling).to(ctx.master_dtype)
         return None if dx is None else dx.view(ctx.shape), None, None, da, db, None
 
 

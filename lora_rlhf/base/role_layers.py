@@ -166,18 +166,21 @@ class RoleLayers:
         return found
 
     @contextlib.contextmanager
-    def adapters_cast(self, role: str) -> Iterator[None]:
-        """Hold the adapter of `role` in the compute dtype inside the block, so that no product casts it anew.
+    def adapters_cast(self, *roles: str) -> Iterator[None]:
+        """Hold the adapters of `roles` in the compute dtype inside the block, so that no product casts them anew.
 
-        For many passes without gradient while the adapter does not change: for the tokens of a rollout.
+        For passes without gradient while the adapters do not change: the tokens of a rollout, the batches of scoring.
         """
-        adapted = [(layer, adapter) for layer in self.adapted.values() if (adapter := layer.adapter(role)) is not None]
+        adapters = [(layer, role, layer.adapter(role)) for layer in self.adapted.values() for role in roles]
         try:
-            for layer, (a, b, scaling) in adapted:
-                layer.cast[role] = (a.detach().to(self.dtype), b.detach().to(self.dtype), scaling)
-            yield
+            for layer, role, adapter in adapters:
+                if adapter is not None:
+                    a, b, scaling = adapter
+                    layer.cast[role] = (a.detach().to(self.dtype), b.detach().to(self.dtype), scaling)
+            with torch.no_grad():
+                yield
         finally:
-            for layer, _ in adapted:
+            for layer, role, _ in adapters:
                 layer.cast.pop(role, None)
 
     def copy_bytes(self) -> int:

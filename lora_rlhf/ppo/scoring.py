@@ -64,22 +64,23 @@ def scored_by_roles(
     values, raw = torch.zeros((count, width + 1), device=base.device), torch.zeros(count, device=base.device)
     kept: torch.Tensor | None = None
     everyone = torch.arange(count, device=base.device)
-    for rows in batches_by_length(rollout.mask, everyone, settings.scoring_batch_size):
-        ids, mask, action = rollout.ids[rows], rollout.mask[rows], rollout.action_mask[rows]
-        common = base.common_states(ids, mask)
-        if common is not None:
-            kept = common.new_zeros((count, *common.shape[1:])) if kept is None else kept
-            kept[rows] = common
-        states = _states_of_roles(base, rollout, rows, common, bool(own), settings.mixed_adapter_scoring)
-        logprobs[rows], entropy[rows] = base.response_logprobs(
-            states[POLICY], ids, action, settings.temperature, settings.logits_chunk_size
-        )
-        reference[rows], _ = base.response_logprobs(
-            states[REFERENCE], ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
-        )
-        values[rows] = state_values(base, states.get(VALUE, states[POLICY]), action, value_offset)
-        if own:
-            raw[rows] = base.head_outputs(REWARD, last_real(states[REWARD], rollout.text_mask[rows]))
+    with base.layers.adapters_cast(POLICY, REWARD, VALUE):
+        for rows in batches_by_length(rollout.mask, everyone, settings.scoring_batch_size):
+            ids, mask, action = rollout.ids[rows], rollout.mask[rows], rollout.action_mask[rows]
+            common = base.common_states(ids, mask)
+            if common is not None:
+                kept = common.new_zeros((count, *common.shape[1:])) if kept is None else kept
+                kept[rows] = common
+            states = _states_of_roles(base, rollout, rows, common, bool(own), settings.mixed_adapter_scoring)
+            logprobs[rows], entropy[rows] = base.response_logprobs(
+                states[POLICY], ids, action, settings.temperature, settings.logits_chunk_size
+            )
+            reference[rows], _ = base.response_logprobs(
+                states[REFERENCE], ids, action, settings.temperature, settings.logits_chunk_size, with_entropy=False
+            )
+            values[rows] = state_values(base, states.get(VALUE, states[POLICY]), action, value_offset)
+            if own:
+                raw[rows] = base.head_outputs(REWARD, last_real(states[REWARD], rollout.text_mask[rows]))
     own_scores = {own[0].name: raw} if own else {}
     return Scored(logprobs, reference, entropy, values, torch.zeros_like(raw), own_scores, kept)
 

@@ -212,5 +212,8 @@ def test_a_role_decodes_the_same_with_its_adapter_cast_once(
             assert torch.equal(base.hidden(POLICY, *rows), before)
             assert not torch.equal(base.hidden(REWARD, *rows), before)
         assert layer.adapter(POLICY)[0] is layer.layer.lora_A[POLICY].weight
-        with base.layers.adapters_cast(REFERENCE):
+        with base.layers.adapters_cast(REFERENCE, REWARD):
             assert torch.equal(base.hidden(POLICY, *rows), before)
+    with base.layers.adapters_cast(POLICY):
+        assert not base.hidden(POLICY, *rows).requires_grad, "the copies take no gradient"
+    assert base.hidden(POLICY, *rows).requires_grad
