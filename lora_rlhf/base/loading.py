@@ -35,8 +35,6 @@ def resolved_model(name: str) -> str:
         return str(tiny_model_folder())
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UserError(f"model_name_or_path: no folder {name}")
-    if (Path(name) / "adapter_config.json").is_file():  # transformers would load the base that it names, and add it
-        raise UserError(f"model_name_or_path: {name} is an adapter; name the model that it was trained on")
     _check_kernels(Path(name))
     return name
 
@@ -96,6 +94,8 @@ def model_config(config: RunConfig, name: str | None = None, **fields: Any) -> A
     from transformers import AutoConfig
 
     source = resolved_model(name or config.model_name_or_path)
+    if (Path(source) / "adapter_config.json").is_file():  # transformers would load the base that it names, and add it
+        raise UserError(f"model_name_or_path: {source} is an adapter; name the model that it was trained on")
     with explained(source, config):
         found = AutoConfig.from_pretrained(
             source, revision=None if name else config.model_revision, trust_remote_code=False, **fields

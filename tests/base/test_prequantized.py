@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from lora_rlhf import memory
 from lora_rlhf.base.adapters import base_identity
 from lora_rlhf.base.embedded import build_tiny_model
-from lora_rlhf.base.loading import explained, load_causal_lm, load_reward_model, load_tokenizer, model_config
+from lora_rlhf.base.loading import explained, load_causal_lm, load_reward_model, model_config
 from lora_rlhf.base.prequantized import UNGATED_COPIES
 from lora_rlhf.base.role_layers import dequantized_weight
 from lora_rlhf.base.shared import POLICY, SharedBase
@@ -216,7 +216,7 @@ def test_an_adapter_is_no_base(
     if whole_model:
         shutil.copytree(original, folder, dirs_exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(original)}))
-    for load in (load_tokenizer, load_causal_lm, memory.model_shape):
+    for load in (Session.open, load_causal_lm, memory.model_shape):
         with pytest.raises(UserError, match="is an adapter; name the model that it was trained on"):
             load(make_config(model_name_or_path=str(folder)))
     found = recipe("ppo_lora.py", *TINY, "--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "run"))
