@@ -39,8 +39,9 @@ ADAPTER = {"reward": "reward_adapter", "sft": "instruct_adapter"}
     ],
 )
 def test_two_processes_train_the_adapter_of_one(recipe: Recipe, tmp_path: Path, stage: str, accumulated: int) -> None:
-    """Micro-batches of 4, 4 and 1 pairs; the loss that is shown is that of all pairs."""
-    options = ["--max_train_pairs", "9", "--max_eval_pairs", "5", f"--{stage}.max_steps", "6"]
+    """Micro-batches of 3, 3, 3 and 1 pairs, of which one process has more; what is shown is the loss of all pairs."""
+    options = ["--max_train_pairs", "10", "--max_eval_pairs", "5", f"--{stage}.max_steps", "6"]
+    options += [f"--{stage}.per_device_train_batch_size", "3"]
     options += [f"--{stage}.gradient_accumulation_steps", str(accumulated), "--save_steps", "0"]
     two = started(tmp_path / "two", 2, *options, recipe=f"recipes/{stage}_lora.py")
     status, printed = recipe(f"{stage}_lora.py", *TINY, *UNEVEN, *options, "--output_dir", str(tmp_path / "one"))
