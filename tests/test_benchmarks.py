@@ -22,11 +22,15 @@ def figures(name: str, *words: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_one_step_of_the_24_gb_config_on_a_random_mistral() -> None:
-    shape = ["--hidden_size", "64", "--layers", "2", "--vocab_size", "600"]
-    found = figures("mistral_shape.py", *shape, "--batch_size", "4", "--response_length", "8")
-    ours = found["transformers"]
-    assert found["hidden_size"] == 64 and ours["peak_gib"] > 0 and ours["update"] > 0 and ours["predicted_gib"] > 0
+def test_the_least_seconds_of_the_24_gb_config_on_a_4090() -> None:
+    config = str(ROOT / "recipes" / "configs" / "mistral_7b_24gb.yaml")
+    counted = figures("roofline.py", "--config", config, "--card", "rtx4090", "--json")
+    assert counted["seconds_per_step"] <= 60 and counted["peak_gib"] <= 16
+    phases = counted["phases"]
+    assert sum(phase["seconds"] for phase in phases) == pytest.approx(counted["seconds_per_step"])
+    assert {phase["stage"] for phase in phases} == {"rollout", "score", "update"}
+    kinds = counted["kinds"].values()
+    assert sum(kind["seconds"] for kind in kinds) == pytest.approx(counted["seconds_per_step"])
 
 
 @pytest.mark.slow
