@@ -22,10 +22,17 @@ def figures(name: str, *words: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_least_seconds_of_the_24_gb_config_on_a_4090() -> None:
     config = str(ROOT / "recipes" / "configs" / "mistral_7b_24gb.yaml")
     counted = figures("roofline.py", "--config", config, "--card", "rtx4090", "--json")
     assert counted["seconds_per_step"] <= 60 and counted["peak_gib"] <= 16
+    with_head = figures("roofline.py", "--config", config, "--card", "rtx4090", "--json", "--ppo.value_model", "head")
+    assert with_head["seconds_per_step"] <= 40
+
+
+def test_the_parts_of_a_counted_step_add_up() -> None:
+    counted = figures("roofline.py", "--config", "recipes/configs/tiny.yaml", "--card", "L4", "--json")
     phases = counted["phases"]
     assert sum(phase["seconds"] for phase in phases) == pytest.approx(counted["seconds_per_step"])
     assert {phase["stage"] for phase in phases} == {"rollout", "score", "update"}
