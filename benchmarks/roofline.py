@@ -6,9 +6,10 @@
 
 The step's own code runs on tensors that have a shape and no numbers, and every operation is noted: its kernels, the
 bytes that it reads and writes, and the floating-point operations of products. An operation takes at least its bytes
-over the card's bandwidth, or its arithmetic over the card's rate, whichever is longer; the sum is a lower bound.
-Prompts and answers are as long as the config allows, and one prompt is padded. With --json the last line is JSON: the
-whole step (`seconds_per_step`, `peak_gib`), its phases, and each kind of operation. Any field of the config can be set.
+over the card's bandwidth, or its arithmetic over the card's rate, whichever is longer. The sum is a lower bound for
+prompts and answers that are as long as the config allows, of which one prompt is padded. With --json the last line is
+JSON: the whole step (`seconds_per_step`, `peak_gib`), its phases, and each kind of operation. Any field of the config
+can be given.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rich.table import Table
 from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.memory import GIB, usable_bytes, with_checkpointing_decided
 from lora_rlhf.memory_plan import expands, model_shape
-from lora_rlhf.roofline.cards import CARDS, Card, card_named
+from lora_rlhf.roofline.cards import CARDS, Card, card_named, check_dtype
 from lora_rlhf.roofline.hours import realistic_seconds, with_copy_decided
 from lora_rlhf.roofline.phases import Phase, ppo_phases
 from lora_rlhf.terminal import console, run_recipe
@@ -79,7 +80,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     given, rest = parser.parse_known_args()
     card = card_named(given.card)
-    config = with_checkpointing_decided(config_from_command_line(__doc__, rest), card.memory_gib)
+    config = config_from_command_line(__doc__, rest)
+    check_dtype(card, config.dtype)
+    config = with_checkpointing_decided(config, card.memory_gib)
     usable, on_cuda = usable_bytes(card.memory_gib)
     config = with_copy_decided(config, expands(config, model_shape(config), on_cuda, usable))
     phases = ppo_phases(config, card)
@@ -91,7 +94,7 @@ def main() -> None:
         for p in parts
     ]  # fmt: skip
     columns = ["phase", "times", "s at best", "GB", "TFLOP", "kernels, once", "waits, once", "peak GiB"]
-    console.print(table(f"one PPO step on {card.name}, by count", rows, columns))
+    console.print(table(f"one PPO step of {config.model_name_or_path} on {card.name}, by count", rows, columns))
     rows = [[name, *(f"{kind[figure]:,.2f}" for figure in FIGURES)] for name, kind in kinds.items()]
     console.print(table("by kind of operation", rows, ["kind", *FIGURES]))
     checkpointing = "with" if config.ppo.gradient_checkpointing else "without"

@@ -28,7 +28,7 @@ from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.errors import UserError
 from lora_rlhf.free_memory import free_bytes
 from lora_rlhf.memory_plan import CONTEXT_BYTES, Planner, StagePlan, expands, fitting_changes, model_shape, peaks
-from lora_rlhf.roofline.cards import CARDS, Card, card_named
+from lora_rlhf.roofline.cards import CARDS, Card, card_named, check_dtype
 from lora_rlhf.terminal import console, note, run_recipe
 
 GIB = 2**30
@@ -125,13 +125,14 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} is above 0, not {getattr(given, name)}")
     if not any(word.split("=")[0] in ("--config", "--model_name_or_path") for word in rest):
         raise UserError("--config FILE is needed, or --model_name_or_path NAME: which run is it about?")
+    if given.card and given.gpu_gib is not None:
+        raise UserError("--card brings its own memory: leave --gpu-gib out, or --card")
     card = card_named(given.card) if given.card else None
-    size = card.memory_gib if card and given.gpu_gib is None else given.gpu_gib
-    config = with_checkpointing_decided(config_from_command_line(__doc__, rest), size)
-    if card and not card.computes_in(config.dtype):
-        raise UserError(
-            f"--card {given.card}: {card.name} has no {config.dtype}, and would emulate it: --dtype float16"
-        )
+    size = card.memory_gib if card else given.gpu_gib
+    undecided = config_from_command_line(__doc__, rest)
+    if card:
+        check_dtype(card, undecided.dtype)
+    config = with_checkpointing_decided(undecided, size)
     usable, on_cuda = usable_bytes(size)
     plans = peaks(config, model_shape(config), on_cuda, usable)
     console.print(memory_table(plans, usable))
@@ -149,9 +150,9 @@ def main() -> None:
         "main_memory_of_merge": merging,
     }
     if card:
-        figures["cards_that_fit"] = fitting = cards_that_fit(config)
+        figures["cards_that_fit"] = fitting = cards_that_fit(undecided)
         note(f"fits on {', '.join(CARDS[name].name for name in fitting) or 'none of the cards that are known'}")
-        figures["hours"] = said_hours(config, card, given.pairs, expands(config, model_shape(config), on_cuda, usable))
+        figures["hours"] = print_hours(config, card, given.pairs, expands(config, model_shape(config), on_cuda, usable))
     if given.json:
         print(json.dumps(figures))
     if wrong:
@@ -159,27 +160,32 @@ def main() -> None:
 
 
 def cards_that_fit(config: RunConfig) -> list[str]:
-    """Return the names of the cards on which every stage of the run fits as it is."""
+    """Return the names of the cards that have the run's dtype and on which every stage fits.
+
+    Args:
+        config: where it leaves PPO's gradient checkpointing open, that is decided for each card.
+    """
     shape = model_shape(config)
     fitting = []
     for name, card in CARDS.items():
         usable, on_cuda = usable_bytes(card.memory_gib)
-        fits = max(plan.total for plan in peaks(config, shape, on_cuda, usable)) <= usable
+        decided = with_checkpointing_decided(config, card.memory_gib)
+        fits = max(plan.total for plan in peaks(decided, shape, on_cuda, usable)) <= usable
         if fits and card.computes_in(config.dtype):
             fitting.append(name)
     return fitting
 
 
-def said_hours(config: RunConfig, card: Card, pairs: int | None, expand_weights: bool) -> dict[str, Any]:
+def print_hours(config: RunConfig, card: Card, pairs: int | None, expand_weights: bool) -> dict[str, Any]:
     """Print how long each stage of a run takes on a card; return it as plain values."""
     from lora_rlhf.roofline.hours import REALISTIC_SHARE, hours_table, stage_times, times_as_json, with_copy_decided
 
     times = stage_times(with_copy_decided(config, expand_weights), card, pairs)
     console.print(hours_table(times, card))
     note(
-        "at best: the card's memory and arithmetic are never idle, and all texts are as long as the config allows. "
-        f"Realistic: {REALISTIC_SHARE:.0%} of that speed, an assumption until a card has been measured. Merging is not "
-        "counted"
+        "All texts are taken to be as long as the config allows; shorter ones take less. At best: the card's memory "
+        f"and arithmetic are never idle. Realistic: {REALISTIC_SHARE:.0%} of that speed, an assumption until a card "
+        "has been measured. Merging is not counted"
     )
     return times_as_json(times)
 

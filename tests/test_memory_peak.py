@@ -17,7 +17,7 @@ from lora_rlhf.checkpoint_folders import readable
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import device_answers, ran_out
-from lora_rlhf.ppo.processes import words_for_the_lost
+from lora_rlhf.processes import words_for_the_lost
 from lora_rlhf.terminal import run_recipe
 
 OUT_OF_MEMORY = {

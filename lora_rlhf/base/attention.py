@@ -6,13 +6,16 @@ that is most of what is read: the whole cache of keys and values is copied sever
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+from lora_rlhf.base.devices import AMPERE
 
 PLAIN_MODELS = ("llama", "mistral", "qwen2")
 """Model types with plain attention, whose trunk is embeddings, layers and norm with nothing in between."""
@@ -67,7 +70,31 @@ def attention(
     decoding = query.shape[2] == 1 and attention_mask is not None
     if decoding or query.device.type == "cpu":
         return grouped_attention(module, query, key, value, attention_mask, scaling)
+    if attention_mask is None and not fused_with_shared_keys(query.device):
+        return attention_of_repeated_keys(query, key, value, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+
+
+@functools.cache
+def fused_with_shared_keys(device: torch.device) -> bool:
+    """Return whether torch has a fused kernel for query heads that share keys: from Ampere on.
+
+    On cards before it, torch would hold the scores of all queries and keys instead.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= AMPERE
+
+
+def attention_of_repeated_keys(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Return causal attention by torch's fused kernel, with a copy of keys and values for every query head.
+
+    Shapes and result are those of `grouped_attention`; without a mask, a single query sees all keys.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    fused = nn.functional.scaled_dot_product_attention
+    return fused(query, key, value, is_causal=query.shape[2] > 1, scale=scaling).transpose(1, 2)
 
 
 def attention_mask(*, q_length: int, device: torch.device | str, dtype: torch.dtype, **rest: Any) -> Any:

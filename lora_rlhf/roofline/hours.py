@@ -1,4 +1,4 @@
-"""Hours of each stage of a run on a named card: at best, and at a share of that which is realistic."""
+"""Hours of each stage of a run on a named card, for texts of full length: at best, and at a realistic share of that."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-from lora_rlhf.config import EMBEDDED, RunConfig
+from lora_rlhf.config import EMBEDDED, RunConfig, TrainerSettings
 from lora_rlhf.errors import UserError
 from lora_rlhf.roofline.cards import Card
 from lora_rlhf.roofline.phases import Phase, ppo_phases, supervised_phases
 
 REALISTIC_SHARE = 0.5
-"""Share of the least time's speed that is assumed of a real run. Not measured: on two CPU cores the share is 0.4."""
+"""Share of the best speed that is assumed of a real run. No card has been measured; on CPUs it was 0.1 to 0.4."""
 LAUNCH_SECONDS = 6e-6
 """What the host takes at least to launch one kernel from PyTorch; a card that is faster waits for it."""
 TRAINING_PAIRS = {
@@ -67,9 +67,12 @@ def stage_times(config: RunConfig, card: Card, pairs: int | None = None) -> list
     """
     pairs = training_pairs(config) if pairs is None else pairs
     times = []
-    trained = [("reward", config.reward)] if _trains_reward(config) else []
-    trained += [("instruct", config.sft)] if config.instruct_model_name_or_path is None else []  # type: ignore[list-item]
-    for stage, settings in trained:
+    trained: list[tuple[str, TrainerSettings, float]] = []
+    if _trains_reward(config):
+        trained.append(("reward", config.reward, 1 + config.reward.contrast_share))
+    if config.instruct_model_name_or_path is None:
+        trained.append(("instruct", config.sft, 1.0))
+    for stage, settings, extended in trained:
         together = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         if settings.max_steps < 0 and pairs is None:
             raise UserError(
@@ -77,7 +80,7 @@ def stage_times(config: RunConfig, card: Card, pairs: int | None = None) -> list
             )
         steps = settings.max_steps
         if steps < 0:
-            steps = -(-round(settings.num_train_epochs * (pairs or 0)) // together)
+            steps = -(-round(settings.num_train_epochs * extended * (pairs or 0)) // together)
         times.append(_stage_time(stage, steps, supervised_phases(config, card, stage), card))
     s = config.ppo
     step = ppo_phases(config, card)
@@ -107,7 +110,7 @@ def realistic_seconds(phase: Phase, card: Card) -> float:
 
 def hours_table(times: Sequence[StageTime], card: Card) -> Table:
     """Return the table of stages and their hours."""
-    table = Table(title=f"hours on {card.name}, by count and not measured", title_justify="left")
+    table = Table(title=f"hours on {card.name} at full length, by count and not measured", title_justify="left")
     for column in ("stage", "steps", "s per step, at best", "hours, at best", "hours, realistic"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for one in times:

@@ -25,6 +25,7 @@ REAL = (torch.int64, torch.int32, torch.bool)
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "baddbmm": (1, 2)}
 """Matrix products, and which of their arguments are the two factors."""
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+OVERWRITING = ("copy_", "fill_", "zero_")
 ALLOCATION_BLOCK = 512
 """Torch's allocator on CUDA gives memory in multiples of this, in bytes."""
 UNKNOWN_NUMBER = 0.01
@@ -172,7 +173,7 @@ class OperationCounter(TorchDispatchMode):
             return out
         scales = weights / 64
         self.operations += [
-            Operation("scales of 4-bit weights", "4-bit weights", scales * 9, kernels=2),
+            Operation("scales of 4-bit weights", "4-bit weights", scales * 13, kernels=2),
             Operation("dequantize_4bit", "4-bit weights", weights / 2 + 4 * scales + width * weights),
             Operation("mm", "matrix products", width * weights + io, flops),
         ]
@@ -254,7 +255,9 @@ def _operation(name: str, args: Any, given: list[torch.Tensor], made: list[torch
     if "scaled_dot_product" in name:
         return _attention(name, args, given, made)
     moved = sum(map(_bytes, given))
-    if mutable:
+    if name in OVERWRITING:
+        pass  # what is overwritten is not read
+    elif mutable:
         moved += _bytes(given[0]) if name != "_fused_adam_" else sum(map(_bytes, given)) * 3 // 4
     else:
         moved += sum(map(_bytes, made))

@@ -58,15 +58,15 @@ class PhaseCounter:
     """
 
     def __init__(self, config: RunConfig, card: Card) -> None:
-        self.config, self.counter = config, OperationCounter(fused_4bit(card))
+        self.config, self.card, self.counter = config, card, OperationCounter(fused_4bit(card))
         self.phases: list[Phase] = []
-        with self.counter, fused_attention():
+        with self.counter, fused_attention(self.card):
             self.trainer: PpoTrainer = shapes_trainer(config)
 
     def count(self, stage: str, name: str, times: float, work: Callable[[], Any]) -> Any:
         """Do `work` on shapes and add it as a phase; return what it returns."""
         self.counter.clear()
-        with self.counter, fused_attention():
+        with self.counter, fused_attention(self.card):
             result = work()
         self._add(stage, name, times)
         return result
@@ -137,7 +137,7 @@ def _count_passes(
     trunk.forward = forward
     counting.counter.clear()
     try:
-        with counting.counter, fused_attention():
+        with counting.counter, fused_attention(counting.card):
             sampled_answers(base, POLICY, prompts, sampling, NoText(), torch.Generator())
     except _EnoughTokens:
         pass

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_rlhf.base import attention as attention_module
 from lora_rlhf.base.adapters import lora_config
+from lora_rlhf.base.devices import AMPERE
 from lora_rlhf.base.known_shapes import shape_config
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
@@ -99,27 +101,33 @@ def _in_4_bits(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
 
 
 @contextlib.contextmanager
-def fused_attention() -> Iterator[None]:
-    """Let torch's attention be the kernels that it picks on a card: flash, or the efficient one where there is a mask.
+def fused_attention(card: Card) -> Iterator[None]:
+    """Let torch's attention be the kernel that it picks on a card; on the meta device it would pick the plain products.
 
-    On the meta device it would pick the plain products.
+    That is flash attention from Ampere on, and the memory-efficient one before it or where there is a mask.
     """
+    has_flash = card.capability >= AMPERE
 
     def attention(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> torch.Tensor:  # fmt: skip
-        if attn_mask is None:
+        if attn_mask is None and has_flash:
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             return flash(query, key, value, 0.0, is_causal, False, scale=scale)[0]
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        if attn_mask is None:
+            return efficient(query, key, value, None, query.requires_grad, 0.0, is_causal, scale=scale)[0]
         bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
         bias = bias.masked_fill_(attn_mask.logical_not(), -torch.inf)
         bias = nn.functional.pad(bias, (0, -bias.shape[-1] % 8))[..., : bias.shape[-1]]  # the kernel wants it aligned
         bias = bias.expand(-1, query.shape[1], -1, -1)
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         return efficient(query, key, value, bias, query.requires_grad, 0.0, is_causal, scale=scale)[0]
 
-    with _replaced(nn.functional, "scaled_dot_product_attention", attention):
+    with (
+        _replaced(nn.functional, "scaled_dot_product_attention", attention),
+        _replaced(attention_module, "fused_with_shared_keys", lambda _: has_flash),
+    ):
         yield
 
 

@@ -14,12 +14,14 @@ from lora_rlhf.base.attention import (
     added_to_scores,
     attention,
     attention_mask,
+    attention_of_repeated_keys,
     grouped_attention,
     use_grouped_attention,
 )
 from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.config import RunConfig
+from lora_rlhf.roofline.cards import CARDS
 from lora_rlhf.roofline.operations import META, OperationCounter
 from lora_rlhf.roofline.shapes_only import fused_attention
 
@@ -103,13 +105,34 @@ def test_on_a_card_single_queries_under_a_mask_do_not_repeat_keys_and_values(
     queries: int, masked: bool, repeated: int
 ) -> None:
     module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
-    with OperationCounter() as counter, fused_attention():
+    with OperationCounter() as counter, fused_attention(CARDS["rtx4090"]):
         q, k, v = (torch.empty(2, heads, n, 8, device=META) for heads, n in ((6, queries), (2, 7), (2, 7)))
         mask = torch.zeros(2, 1, queries, 7, device=META) if masked else None
         counter.clear()
         out, _ = attention(module, q, k, v, mask, scaling=8**-0.5)
     assert out.shape == (2, queries, 6, 8)
     assert [op.name for op in counter.operations].count("clone") == repeated
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_repeated_keys_give_what_grouped_ones_give(queries: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((6, queries), (2, 5), (2, 5)))
+    causal = torch.ones(1, 1, queries, 5, dtype=torch.bool).tril(5 - queries)
+    expected, _ = grouped_attention(None, q, k, v, added_to_scores(causal, torch.float32), scaling=0.3)
+    torch.testing.assert_close(attention_of_repeated_keys(q, k, v, scaling=0.3), expected)
+
+
+def test_before_ampere_keys_are_repeated_for_the_kernel_that_saves_memory() -> None:
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    kernels = {}
+    for name in ("t4", "rtx4090"):
+        with OperationCounter() as counter, fused_attention(CARDS[name]):
+            q, k, v = (torch.empty(2, heads, 7, 8, device=META) for heads in (6, 2, 2))
+            attention(module, q, k, v, None, scaling=8**-0.5)
+        kernels[name] = [op.name for op in counter.operations if op.kind == "attention"]
+    flash, efficient = (f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient"))
+    assert kernels == {"t4": [efficient], "rtx4090": [flash]}
 
 
 def test_a_model_of_unsloth_keeps_its_attention(make_config: Callable[..., RunConfig]) -> None:

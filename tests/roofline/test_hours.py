@@ -34,7 +34,9 @@ CARD = CARDS["rtx4090"]
 def config(tiny_folder: Path) -> RunConfig:
     return RunConfig(
         model_name_or_path=str(tiny_folder), max_prompt_length=8, max_length=16, lora=LoraSettings(r=2),
-        reward=RewardSettings(per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=2),
+        reward=RewardSettings(
+            per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=2, contrast_share=0.5
+        ),
         sft=SftSettings(max_steps=7),
         ppo=PpoSettings(
             batch_size=4, micro_batch_size=4, response_length=8, total_steps=11, normalization_samples=9,
@@ -46,7 +48,7 @@ def config(tiny_folder: Path) -> RunConfig:
 
 def test_the_steps_of_every_stage_by_hand(config: RunConfig) -> None:
     times = {one.stage: one for one in stage_times(config, CARD, pairs=20)}
-    steps = {"reward": 7, "instruct": 7, "ppo: scale of the score": 3, "ppo": 11, "compare": 9}
+    steps = {"reward": 10, "instruct": 7, "ppo: scale of the score": 3, "ppo": 11, "compare": 9}
     assert {stage: one.steps for stage, one in times.items()} == steps
     step = sum(phase.seconds(CARD) for phase in ppo_phases(config, CARD))
     assert times["ppo"].seconds == pytest.approx(11 * step)
@@ -125,13 +127,12 @@ def test_the_command_says_hours_and_cards_without_a_network(
     assert figures["hours"]["seconds"] > 0
 
 
-def test_a_run_that_does_not_fit_is_said_to_fit_on_larger_cards(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_fits_on_larger_cards_as_it_is_and_on_smaller_ones_with_checkpointing() -> None:
     config = config_from_file("recipes/configs/mistral_7b_24gb.yaml")
     large = replace(config, ppo=replace(config.ppo, gradient_checkpointing=False, micro_batch_size=16))
-    fitting = memory.cards_that_fit(large)
-    assert "h100" in fitting and "rtx4090" not in fitting
+    assert memory.cards_that_fit(large) == ["a100", "h100"]
+    undecided = replace(large, ppo=replace(large.ppo, gradient_checkpointing=None))
+    assert "rtx4090" in memory.cards_that_fit(undecided)
 
 
 def test_a_card_that_is_not_known_is_named_with_those_that_are(
@@ -147,6 +148,11 @@ def test_a_card_without_bfloat16_is_refused_until_the_run_computes_in_float16(
     config = config_from_file("recipes/configs/tiny.yaml")
     assert "t4" not in memory.cards_that_fit(replace(config, dtype="bfloat16"))
     assert "t4" in memory.cards_that_fit(replace(config, dtype="float16"))
+    assert memory.cards_that_fit(replace(config, dtype="float32")) == []
     words = ["--config", "recipes/configs/tiny.yaml", "--dtype", "bfloat16"]
-    with pytest.raises(UserError, match="T4 has no bfloat16, and would emulate it: --dtype float16"):
+    with pytest.raises(UserError, match="T4 has no bfloat16, and would emulate it: add --dtype float16"):
         said(monkeypatch, capsys, *words, "--card", "t4")
+    with pytest.raises(UserError, match="counted for products in 16 bits: add --dtype bfloat16"):
+        said(monkeypatch, capsys, *words[:2], "--dtype", "float32", "--card", "h100")
+    with pytest.raises(UserError, match="--card brings its own memory"):
+        said(monkeypatch, capsys, *words, "--card", "h100", "--gpu-gib", "12")

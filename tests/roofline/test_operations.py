@@ -34,10 +34,14 @@ def test_elementwise_work_costs_what_is_read_and_written_and_a_view_costs_nothin
         x + shape(6)  # broadcast: six numbers are read
         x.mul_(2)
         x.float()
+        x.copy_(shape(6))
+        x.zero_()
     assert [(one.name, one.bytes) for one in counter.operations] == [
         ("add", 2 * (24 + 6 + 24)),
         ("mul_", 2 * (24 + 24)),
         ("_to_copy", 24 * 2 + 24 * 4),
+        ("copy_", 2 * (6 + 24)),
+        ("zero_", 2 * 24),
     ]
 
 
@@ -56,9 +60,9 @@ def test_a_four_bit_product_reads_half_a_byte_a_weight_where_the_card_multiplies
         assert flops == 2 * 3 * weights
         if fused:  # half a byte and a 64th for its scale
             assert [one.bytes for one in counter.operations] == [weights * 0.5 + weights / 64 + io]
-        else:  # scales to float32; weights from 4 bits to 16; the product of these
+        else:  # scales to float32, and their mean added; weights from 4 bits to 16; the product of these
             scales = weights / 64
-            by_hand = [scales * (1 + 4 + 4), weights / 2 + 4 * scales + 2 * weights, 2 * weights + io]
+            by_hand = [scales * (1 + 4 + 4 + 4), weights / 2 + 4 * scales + 2 * weights, 2 * weights + io]
             assert [one.bytes for one in counter.operations] == by_hand
 
 
