@@ -14,8 +14,9 @@ EMBEDDED = "embedded"
 
 MAY_CHANGE = (
     "output_dir", "overwrite_output_dir", "save_steps", "save_minutes", "save_total_limit", "sample_steps", "report_to",
+    "gradient_checkpointing",
 )  # fmt: skip
-"""Fields that may differ between two starts of one run: no number depends on them."""
+"""Fields, of a run or of a stage, that may differ between two starts of one run: no number depends on them."""
 
 SECTIONS = {"reward": "reward", "instruct": "sft", "ppo": "ppo", "merge": "merge", "compare": "compare"}
 """Stage → the section that holds its settings; it may differ as long as the stage is not finished."""

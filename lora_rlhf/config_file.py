@@ -95,7 +95,11 @@ def config_to_mapping(config: RunConfig) -> dict[str, Any]:
 def lasting_fields(values: dict[str, Any], stages: Iterable[str]) -> dict[str, Any]:
     """Return the fields of a config, as a mapping, that what these stages left depends on."""
     left_out = {*MAY_CHANGE, *(section for stage, section in SECTIONS.items() if stage not in stages)}
-    return {name: value for name, value in values.items() if name not in left_out}
+    lasting = {name: value for name, value in values.items() if name not in left_out}
+    for name, value in lasting.items():
+        if isinstance(value, dict):
+            lasting[name] = {field: own for field, own in value.items() if field not in MAY_CHANGE}
+    return lasting
 
 
 def check_checkpoint_config(held: dict[str, Any], config: RunConfig, stage: str, folder: Path) -> None:

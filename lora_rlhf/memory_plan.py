@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.known_shapes import shape_config
+from lora_rlhf.base.prequantized import is_quantized
 from lora_rlhf.base.shard_files import SHARD_BYTES
 from lora_rlhf.base.token_logprobs import rows_per_chunk
 from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
@@ -33,12 +34,13 @@ CONTEXT_BYTES = 600 * 2**20
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One linear layer: its number in the stack, its name in the layer, and its sizes."""
+    """One linear layer: its number in the stack, its name in the layer, its sizes, and bytes per weight in 4 bits."""
 
     layer: int
     name: str
     inputs: int
     outputs: int
+    bytes_in_4_bits: float = NF4_BYTES
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ def shape_of(config: Any, auto_class: Any) -> ModelShape:
         model = auto_class.from_config(config)
     linears = []
     for name, module in model.named_modules():
-        place = re.search(r"\.(\d+)\.", name)
-        if isinstance(module, torch.nn.Linear) and place:
-            linears.append(LinearShape(int(place[1]), name.rpartition(".")[2], module.in_features, module.out_features))
+        if isinstance(module, torch.nn.Linear) and (place := re.search(r"\.(\d+)\.", name)):
+            sizes = module.in_features, module.out_features
+            linears.append(LinearShape(int(place[1]), name.rpartition(".")[2], *sizes, bytes_in_4_bits(config, name)))
     body = sum(one.inputs * one.outputs for one in linears)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
@@ -108,6 +110,14 @@ def shape_of(config: Any, auto_class: Any) -> ModelShape:
         layers=config.num_hidden_layers,
         vocabulary=config.vocab_size,
     )
+
+
+def bytes_in_4_bits(config: Any, name: str) -> float:
+    """Return what a weight of the layer `name` takes in 4 bits: as we quantise it, or as a checkpoint holds it."""
+    published = getattr(config, "quantization_config", None) or {"bnb_4bit_use_double_quant": True}
+    if not is_quantized(published, name):
+        return 2.0
+    return NF4_BYTES if published.get("bnb_4bit_use_double_quant") else 0.5 + 4 / 64
 
 
 @dataclass
@@ -199,18 +209,18 @@ class Planner:
         micro = min(s.micro_batch_size, s.batch_size // s.num_mini_batches)
         roles = (2 if s.value_model == "head" else 3) + 1
         cache = decoded * longest * self.shape.layers * 2 * self.shape.key_width * self.width
-        rollout = {
+        rollout = self._cast_adapters(0 if self.expand else 1) | {
             "keys and values": cache,
             "activations": self._passing(decoded, c.max_prompt_length),
             "logits": decoded * self.shape.vocabulary * (self.width + 12),
         }
-        score = {
+        score = self._cast_adapters(adapters) | {
             "activations": self._passing(scored * (roles if s.mixed_adapter_scoring else 1), longest)
             + roles * scored * longest * self.shape.hidden * self.width
             + (s.batch_size * longest * self.shape.hidden * self.width if self._first_adapted() else 0),
             "logits": self._logits(scored * s.response_length, with_copy=True),
         }
-        update = {
+        update = self._cast_adapters(0 if s.gradient_checkpointing else 1) | {
             "activations": self._kept(micro, longest, bool(s.gradient_checkpointing)),
             "logits": self._logits(micro * s.response_length, with_copy=False),
         }
@@ -226,10 +236,16 @@ class Planner:
         adapter = self.adapter_parameters()
         parts = self._standing(1, adapter, "adam", self.expand and self.config.load_in_4bit)
         parts |= self._gradients(adapter)
+        parts |= self._cast_adapters(0 if settings.gradient_checkpointing else 1)
         parts["activations"] = self._kept(rows, self.config.max_length, settings.gradient_checkpointing)
         if vocabulary:
             parts["logits"] = rows * self.config.max_length * vocabulary * (2 * self.width + 8)
         return StagePlan(name, parts)
+
+    def _cast_adapters(self, adapters: int) -> dict[str, float]:
+        """Return the copies of adapters in the compute dtype, which one pass after another uses."""
+        size = adapters * self.adapter_parameters() * self.width
+        return {"adapters in 16 bits": float(size)} if size and self.width < 4 else {}
 
     def _gradients(self, trained: int) -> dict[str, float]:
         """Return the gradients, and the part of them that is copied to be summed over processes."""
@@ -237,9 +253,10 @@ class Planner:
         return parts if self.processes == 1 else parts | {"sum of gradients": min(BUCKET_BYTES, 4.0 * trained)}
 
     def _standing(self, adapters: int, trained: float, optim: str, expand: bool) -> dict[str, float]:
-        per_weight = NF4_BYTES if self.config.load_in_4bit else self.width
+        four_bit = self.config.load_in_4bit
+        body = sum(n.inputs * n.outputs * (n.bytes_in_4_bits if four_bit else self.width) for n in self.shape.linears)
         parts: dict[str, float] = {} if self.on_cuda else {"process": PROCESS_BYTES}
-        parts["weights"] = self.shape.body * per_weight + self.shape.other * self.width
+        parts["weights"] = body + self.shape.other * self.width
         parts["adapters"] = 4 * adapters * self.adapter_parameters()
         parts["optimizer"] = ADAM_BYTES[optim] * trained
         if expand:

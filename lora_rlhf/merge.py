@@ -82,7 +82,7 @@ class MergedWeights:
         else:
             weight = dequantized_weight(frozen.layer)
         role = self._adapted.get(frozen)
-        if role is not None and (adapter := role.adapter(POLICY)) is not None:
+        if role is not None and (adapter := role.master(POLICY)) is not None:
             weight = with_adapter(weight, adapter)
         return weight.to(self.base.compute_dtype)
 

@@ -3,7 +3,7 @@
 Every process knows all examples, draws the same random numbers and holds the same adapters. Each samples, scores and
 learns from its own rows; answers and scores are put together again, and gradients added up, so that normalisation,
 whitening and every metric are over the whole batch. The result does not depend on how many processes there are.
-Loading, merging and all writing are the first process's.
+Merging and all writing are the first process's.
 """
 
 from __future__ import annotations

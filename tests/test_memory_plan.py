@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -229,3 +230,30 @@ def test_the_command_prints_a_table_and_says_whether_it_fits(
     monkeypatch.setattr("sys.argv", [*words, "--gpu-gib", "-1"])
     with pytest.raises(UserError, match="above 0"):
         memory.main()
+
+
+def test_adapters_are_held_in_16_bits_while_passes_repeat(mistral: ModelShape) -> None:
+    config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    adapter = 2 * 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+
+    def copies(**ppo: Any) -> list[float]:
+        given = replace(config, ppo=replace(config.ppo, **ppo))
+        plans = Planner(given, mistral, on_cuda=True, expand=False).ppo_stages()
+        return [plan.parts.get("adapters in 16 bits", 0) / adapter for plan in plans]
+
+    assert copies(gradient_checkpointing=False) == [1, 3, 1], "policy; policy, reward and value; one at a time"
+    assert copies(gradient_checkpointing=True) == [1, 3, 0]
+    assert copies(gradient_checkpointing=False, value_model="head") == [1, 2, 1]
+    whole = Planner(replace(config, dtype="float32"), mistral, on_cuda=True, expand=False).ppo_stages()
+    assert not any("adapters in 16 bits" in plan.parts for plan in whole)
+
+
+def test_layers_that_a_checkpoint_leaves_whole_take_16_bits() -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 4}
+    config = MistralConfig(**shape, num_attention_heads=4)
+    config.quantization_config = {"llm_int8_skip_modules": ["model.layers.0.mlp"], "bnb_4bit_use_double_quant": False}
+    given = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    found = shape_of(config, AutoModelForCausalLM)
+    weights = Planner(given, found, on_cuda=True, expand=False).stages()[0].parts["weights"]
+    mlp, attention = 3 * 64 * 128, 4 * 64 * 64
+    assert weights == 2 * mlp + (0.5 + 1 / 16) * (mlp + 2 * attention) + 2 * found.other

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from lora_rlhf.base.backend_check import reads_causally
 from lora_rlhf.base.devices import check_device, device
 from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
-from lora_rlhf.base.prequantized import NEVER_QUANTIZED, UNGATED_COPIES, checked_quantization, compute_in
+from lora_rlhf.base.prequantized import NEVER_QUANTIZED, UNGATED_COPIES, checked_quantization, compute_in, is_quantized
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
 from lora_rlhf.data.chat import set_chat_template
 from lora_rlhf.errors import UserError
@@ -233,13 +233,11 @@ def _checked(model: Any, config: RunConfig, source: str) -> Any:
     if not config.load_in_4bit:
         return model
     import bitsandbytes
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
     layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    meant = getattr(getattr(model.config, "quantization_config", None), "llm_int8_skip_modules", None) or []
-    meant = [*meant, *NEVER_QUANTIZED]  # a checkpoint may leave some of its layers whole
-    linear = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
-    whole = [n for n in linear if should_convert_module(n, meant)]
+    published = getattr(model.config, "quantization_config", None)
+    published = None if published is None else published.to_dict()
+    whole = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and is_quantized(published, n)]
     packed = [m for m in layers if m.weight.dtype == torch.uint8 and m.weight.quant_state is not None]
     if not layers or whole or len(packed) != len(layers):
         raise UserError(

@@ -70,3 +70,16 @@ def compute_in(layer: Any, dtype: torch.dtype) -> None:
     """Let a 4-bit layer of bitsandbytes dequantise and multiply in `dtype`, whatever it was quantised from."""
     layer.compute_dtype = dtype
     layer.weight.quant_state.dtype = dtype
+
+
+def is_quantized(published: Mapping[str, Any] | None, name: str) -> bool:
+    """Return whether a linear layer is held in 4 bits.
+
+    Args:
+        published: `quantization_config` of the checkpoint, which may leave layers whole; None where we quantise.
+        name: of the layer in the model.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    left_whole = (published or {}).get("llm_int8_skip_modules") or []
+    return should_convert_module(name, [*left_whole, *NEVER_QUANTIZED])

@@ -72,12 +72,14 @@ class RoleLinear:
         return y
 
     def adapter(self, role: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return (A, B, scaling) of a role, or None where it has no adapter here.
+        """Return (A, B, scaling) of a role to compute with, or None where it has no adapter here.
 
         A and B are the float32 parameters, or their copies in the compute dtype inside `RoleLayers.adapters_cast`.
         """
-        if role in self.cast:
-            return self.cast[role]
+        return self.cast.get(role) or self.master(role)
+
+    def master(self, role: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return (A, B, scaling) of a role with the float32 parameters, or None where it has no adapter here."""
         if role not in self.layer.lora_A:
             return None
         return self.layer.lora_A[role].weight, self.layer.lora_B[role].weight, self.layer.scaling[role]
@@ -171,7 +173,7 @@ class RoleLayers:
 
         For passes without gradient while the adapters do not change: the tokens of a rollout, the batches of scoring.
         """
-        adapters = [(layer, role, layer.adapter(role)) for layer in self.adapted.values() for role in roles]
+        adapters = [(layer, role, layer.master(role)) for layer in self.adapted.values() for role in roles]
         try:
             for layer, role, adapter in adapters:
                 if adapter is not None:
@@ -231,7 +233,7 @@ class RoleLayers:
         rooms = [] if pack else torch.empty(sum(sizes), dtype=self.dtype, device=self.device).split(sizes)
         for i, frozen in enumerate(wanted):
             weight, role = frozen.weight(), roles.get(id(frozen))
-            if folded_role and role and (adapter := role.adapter(folded_role)):
+            if folded_role and role and (adapter := role.master(folded_role)):
                 weight = with_adapter(weight, adapter)
             if pack:
                 frozen.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype))

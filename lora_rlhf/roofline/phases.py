@@ -243,5 +243,8 @@ def supervised_phases(config: RunConfig, card: Card, stage: str) -> list[Phase]:
                 loss = base.response_logprobs(states, ids, mask[:, 1:], 1.0, None, with_entropy=False)[0].sum()
             loss.backward()
 
+    if config.ppo.expand_weights and config.load_in_4bit:
+        with counting.counter:
+            base.layers._make_copies(None)  # once for all steps, so that it is in none of them
     counting.count(stage, "micro-batch", settings.gradient_accumulation_steps, learn)
     return counting.phases

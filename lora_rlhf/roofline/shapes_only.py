@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lora_rlhf.base import attention as attention_module
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.devices import AMPERE
 from lora_rlhf.base.known_shapes import shape_config
+from lora_rlhf.base.prequantized import is_quantized
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.preferences import PreferencePair
@@ -56,7 +58,8 @@ def shapes_trainer(config: RunConfig) -> PpoTrainer:
         source = AdapterReward(base, batch=config.ppo.scoring_batch_size)
         reward = CombinedReward([source], {source.name: ScoreScale()})
         pairs: list[PreferencePair] = []
-        return PpoTrainer(base, NoText(), pairs, reward, config.ppo, config.seed)
+        settings = replace(config.ppo, optim="adam")  # the other one cannot be made without a card
+        return PpoTrainer(base, NoText(), pairs, reward, settings, config.seed)
 
 
 def _causal_lm(config: RunConfig) -> Any:
@@ -66,10 +69,11 @@ def _causal_lm(config: RunConfig) -> Any:
     found._attn_implementation = "sdpa"
     model = AutoModelForCausalLM.from_config(found, dtype=getattr(torch, config.dtype)).eval()
     if config.load_in_4bit:
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and child is not model.get_output_embeddings():
-                    setattr(parent, name, _in_4_bits(child, getattr(torch, config.dtype)))
+        published = getattr(found, "quantization_config", None)
+        for path, child in list(model.named_modules()):
+            if isinstance(child, nn.Linear) and is_quantized(published, path):
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, _in_4_bits(child, getattr(torch, config.dtype)))
         model.is_loaded_in_4bit = model.is_quantized = True
     return model
 

@@ -217,3 +217,16 @@ def test_a_role_decodes_the_same_with_its_adapter_cast_once(
     with base.layers.adapters_cast(POLICY):
         assert not base.hidden(POLICY, *rows).requires_grad, "the copies take no gradient"
     assert base.hidden(POLICY, *rows).requires_grad
+
+
+def test_a_working_copy_is_folded_from_the_float32_adapter_whatever_is_cast(
+    make_base: MakeBase, make_config: Callable[..., RunConfig]
+) -> None:
+    base = make_base(make_config(dtype="bfloat16"))
+    layer = next(iter(base.layers.adapted.values()))
+    with base.expanded(POLICY):
+        expected = layer.frozen.weight() if layer.frozen.packed is None else layer.frozen.packed
+        expected = expected.to_dense() if expected.is_mkldnn else expected.clone()
+    with base.layers.adapters_cast(POLICY), base.expanded(POLICY):
+        folded = layer.frozen.weight() if layer.frozen.packed is None else layer.frozen.packed
+        assert torch.equal(folded.to_dense() if folded.is_mkldnn else folded, expected)

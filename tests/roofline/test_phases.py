@@ -196,6 +196,17 @@ def test_supervised_stages_read_one_or_two_answers_an_example(config: RunConfig,
     assert phase.times == 1
 
 
+def test_supervised_stages_compute_from_a_working_copy_where_the_run_has_one(config: RunConfig) -> None:
+    for stage in ("reward", "instruct"):
+        (phase,) = supervised_phases(with_ppo(config, expand_weights=True), CARD, stage)
+        assert not [op for op in phase.operations if op.kind == "4-bit weights"]
+
+
+def test_an_optimizer_that_wants_a_card_is_counted_without_one(config: RunConfig) -> None:
+    paged = ppo_phases(with_ppo(config, optim="paged_adam_8bit"), CARD)
+    assert one(paged, "Adam").operations
+
+
 def test_cards_by_name_and_a_typo(make_config: Callable[..., RunConfig]) -> None:
     assert card_named("RTX 4090") is CARDS["rtx4090"]
     with pytest.raises(Exception, match="known cards are rtx3090"):
