@@ -19,6 +19,7 @@ from lora_rlhf.config_file import config_from_mapping
 from lora_rlhf.data.preferences import preference_pairs
 from lora_rlhf.instruct import _sft_trainer_class, train_instruct_adapter
 from lora_rlhf.memory_peak import reset_peak_memory
+from lora_rlhf.processes import Processes
 from lora_rlhf.reward.training import train_reward_adapter
 
 PAIRS = 16
@@ -49,7 +50,7 @@ def one_step(bench: Bench, config: RunConfig, tokenizer: Any, train: Callable[..
     folder.parent.mkdir(parents=True, exist_ok=True)
     reset_peak_memory(bench.device)
     started = time.perf_counter()
-    train(config, tokenizer, pairs, folder)
+    train(config, tokenizer, pairs, folder, Processes.one())
     bench.synchronize()
     seconds = time.perf_counter() - started
     weights = load_file(folder / WEIGHTS)
