@@ -14,7 +14,7 @@ import torch
 
 from card_parts.bench import NO_CARD, Bench, Figures
 from card_parts.models import config_of_size, mixed_prompts, random_causal_lm, shared_base, step_config
-from card_parts.ppo import MAIN, planned_shape, token_floor
+from card_parts.ppo import MAIN, decoding_floor, planned_shape
 from lora_rlhf.base.attention import GROUPED
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.ppo.decoding import Sampling, decoder_of
@@ -66,7 +66,7 @@ def decode(bench: Bench) -> Iterator[tuple[str, Figures]]:
     rows, context, tokens = bench.size.decoded
     config = step_config(bench, MAIN, bench.cap_gib)
     base = policy_base(bench, random_causal_lm(bench, config_of_size(bench)))
-    floor = 1e3 * token_floor(planned_shape(bench), bench.rates, rows, context)
+    floor = 1e3 * decoding_floor(planned_shape(bench), bench.rates, rows, context)
     yield "shape", {"rows": rows, "context": context, "tokens": tokens, "floor_ms": floor}
     took: dict[str, list[float]] = {}
     said: dict[str, Figures] = {}
