@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -20,9 +21,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import card
+import card_parts.decode as decode_part
 import torch
 from card_parts.bench import SIZES, Bench, Figures
 from card_parts.correctness import PAGED_NUMBERS, RANK, paged_moments, small_trainer
+from card_parts.decode import SETTINGS
 from card_parts.embedded_run import embedded_model
 from card_parts.models import (
     config_of_size,
@@ -33,7 +36,7 @@ from card_parts.models import (
     whole_vocabulary_tokenizer,
     write_model,
 )
-from card_parts.peers import agreement_of, numbers_of, random_model, written_model
+from card_parts.peers import agreement_of, numbers_of, printed_by, random_model, second_step_of, written_model
 from card_parts.ppo import MAIN, decoding_floor, planned_shape
 from card_parts.profiled import device_figures
 from card_table import NOT_YET, tables
@@ -306,6 +309,50 @@ def test_a_backend_in_a_process_of_its_own_agrees_with_ours(bench: Bench) -> Non
     assert json.loads(done.stdout.strip().splitlines()[-1])["seconds"]["step"] > 0
     ours = numbers_of(bench, shared_base(step_config(bench, MAIN, None), random_model(bench)))
     assert set(agreement_of(load_file(file), ours).values()) == {0.0}
+
+
+def script(tmp_path: Path, *lines: str) -> list[str]:
+    """Return the command that runs a script of these lines."""
+    file = tmp_path / "script.py"
+    file.write_text("\n".join(["import sys, time", *lines]))
+    return [sys.executable, str(file)]
+
+
+def test_a_peer_that_never_gets_ready_is_ended(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="slow was ended after"):
+        second_step_of("slow", script(tmp_path, "time.sleep(60)"), seconds=0.5)
+    assert time.monotonic() - started < 20
+
+
+def test_a_peer_that_breaks_says_why_and_one_that_works_takes_two_steps(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="broken ended: no such kernel"):
+        second_step_of("broken", script(tmp_path, "sys.exit('no such kernel')"), seconds=30)
+    works = script(tmp_path, """print('{"ready": true}', flush=True)""", "for number, _ in enumerate(sys.stdin):",
+                   """    print('{"number": %d}' % number, flush=True)""")  # fmt: skip
+    assert second_step_of("works", works, seconds=30) == {"number": 1}
+
+
+def test_what_a_process_printed_before_it_was_ended_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Though a child of it holds its output open."""
+    child = "import subprocess; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    command = script(tmp_path, child, "print('first', flush=True)", "time.sleep(60)")
+    started = time.monotonic()
+    status, printed = printed_by(command, dict(os.environ), seconds=2)
+    assert (status, printed, capfd.readouterr().out) == ("was ended after 2 s", "first\n", "first\n")
+    assert time.monotonic() - started < 20
+    assert printed_by(script(tmp_path, "sys.exit(3)"), dict(os.environ), 30) == ("ended with status 3", "")
+    assert printed_by(script(tmp_path, "print('all')"), dict(os.environ), 30) == ("", "all\n")
+
+
+def test_decoding_yields_what_it_has_after_each_round(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = itertools.chain.from_iterable([[9.0] * len(SETTINGS), [7.0] * len(SETTINGS)])
+    monkeypatch.setattr(decode_part, "milliseconds", lambda *_: {"ms": next(times)})
+    found = list(decode_part.decode(bench))[1:]
+    first, second = found[: len(SETTINGS)], found[len(SETTINGS) :]
+    assert [name for name, _ in first] == [name for name, _ in second] == list(SETTINGS)
+    assert {f["ms_per_token"] for _, f in first} == {9.0}
+    assert all(f["ms_per_token"] == 7.0 and f["all_ms"] == [9.0, 7.0] for _, f in second)
 
 
 def test_pieces_that_are_not_the_embedded_model_are_refused(bench: Bench) -> None:

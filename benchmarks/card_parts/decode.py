@@ -66,6 +66,7 @@ def decode(bench: Bench) -> Iterator[tuple[str, Figures]]:
     """Yield milliseconds per token of each setting after each round; the settings are interleaved over the rounds."""
     rows, context, tokens = bench.size.decoded
     config = step_config(bench, MAIN, bench.cap_gib)
+    _ = bench.rates  # measured while no model stands
     base = policy_base(bench, random_causal_lm(bench, config_of_size(bench)))
     floor = 1e3 * decoding_floor(planned_shape(bench), bench.rates, rows, context)
     yield "shape", {"rows": rows, "context": context, "tokens": tokens, "floor_ms": floor}
