@@ -63,7 +63,7 @@ def trainer_on(
     with torch.no_grad():
         base.heads[REWARD].weight.normal_(std=0.02)  # type: ignore[operator]
     source = AdapterReward(base, batch=config.ppo.scoring_batch_size)
-    reward = CombinedReward([source], {source.name: scale} if scale else None)
+    reward = CombinedReward([source], {source.name: scale} if scale else {})
     return PpoTrainer(base, tokenizer, pairs, reward, config.ppo, config.seed)
 
 
