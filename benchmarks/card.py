@@ -317,10 +317,12 @@ def main() -> None:
         record = Record(given.out, run)
         with imports_uncollected():
             remaining = run_parts(chosen, bench, record)
-        note("\n" + tables([record.whole]))
-        note(f"{time.time() - begun:.0f} s so far; everything is in {given.out}")
+        note(f"\n{time.time() - begun:.0f} s so far; everything is in {given.out}")
+        if remaining:
+            note("the card cannot be used by this process any more: a new one runs the other parts")
+        else:
+            note("\n" + tables([record.whole]))
     if remaining:
-        note("the card cannot be used by this process any more: a new one runs the other parts")
         start_again(remaining)
 
 

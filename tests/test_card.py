@@ -93,7 +93,7 @@ def test_every_part_has_figures_or_says_why_not(whole: Path) -> None:
 def test_whole_steps_report_seconds_peaks_and_shares(whole: Path) -> None:
     figures = result(whole)["parts"]["ppo"]["figures"]
     steps = {name: f for name, f in figures.items() if name.startswith("mistral")}
-    assert len(steps) == 3
+    assert len(steps) == 3 and steps[MAIN]["step"] == 2 and steps[MAIN]["first_step_seconds"] > 0
     for f in steps.values():
         assert sum(f["seconds"][phase] for phase in ("rollout", "score", "update")) <= f["seconds"]["step"]
         assert all(f["peaks"][phase]["allocated_gib"] > 0 < f["planned_gib"][phase] for phase in f["peaks"])

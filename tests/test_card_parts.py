@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import card_parts.decode as decode_part
+import card_parts.ppo as ppo_part
 import torch
 from card_parts.bench import SIZES, Bench
 from card_parts.correctness import PAGED_NUMBERS, RANK, paged_moments, small_trainer
@@ -28,6 +30,7 @@ from card_parts.models import (
     random_causal_lm,
     shared_base,
     step_config,
+    step_trainer,
     whole_vocabulary_tokenizer,
     write_model,
 )
@@ -166,6 +169,36 @@ def test_what_a_process_printed_before_it_was_ended_is_kept(tmp_path: Path, capf
     assert time.monotonic() - started < 20
     assert printed_by(script(tmp_path, "sys.exit(3)"), dict(os.environ), 30) == ("ended with status 3", "")
     assert printed_by(script(tmp_path, "print('all')"), dict(os.environ), 30) == ("", "all\n")
+
+
+def test_a_step_that_fails_takes_no_other_config_along(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def trainer(*given: Any) -> Any:
+        made.append(given)
+        if len(made) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step_trainer(*given)
+
+    monkeypatch.setattr(ppo_part, "step_trainer", trainer)
+    figures = dict(ppo_part.ppo(bench))
+    assert figures.pop(MAIN) == {"error": "OutOfMemoryError: CUDA out of memory"}
+    assert len(figures) == 2 and all(f["seconds"]["step"] > 0 for f in figures.values())
+
+
+def test_a_second_step_that_fails_leaves_the_first(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, taken = ppo_part.PhaseMeter.step, list[object]()
+
+    def second_fails(meter: ppo_part.PhaseMeter) -> float:
+        taken.append(meter)
+        if len(taken) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(meter)
+
+    monkeypatch.setattr(ppo_part.PhaseMeter, "step", second_fails)
+    figures = dict(ppo_part.ppo(bench))
+    assert figures[MAIN]["step"] == 1 and figures[MAIN]["seconds"]["step"] > 0
+    assert "error" in figures[f"{MAIN}, second step"] and len(figures) == 4
 
 
 def test_decoding_yields_what_it_has_after_each_round(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from card_table import UPDATE
 from shapes import Rates, rollout_floor, token_floor, update_flops
 
 from card_parts.bench import Bench, Figures
@@ -29,23 +30,33 @@ VARIANTS = [(True, 4), (False, 2), (False, 4), (False, 16)]
 
 
 def ppo(bench: Bench) -> Iterator[tuple[str, Figures]]:
-    """Yield the figures of the step as configured, of parts of its update, and of whole steps of other settings."""
+    """Yield the figures of the step as configured, of parts of its update, and of whole steps of other settings.
+
+    The first step, which warms up, is yielded for the case that there is no second one, which takes its place.
+    """
     config = step_config(bench, MAIN, bench.cap_gib)
     meters: list[PhaseMeter] = []
     _ = bench.rates  # measured while no model stands: the buffers for it take 4 GiB
 
-    def main_step() -> Figures:
-        meter = PhaseMeter(bench, step_trainer(bench, config, random_causal_lm(bench, config_of_size(bench))))
-        first = meter.step()
-        figures = step_figures(bench, config, meter, bench.cap_gib) | {"first_step_seconds": first}
-        meters.append(meter)
-        return figures
+    def first_step() -> Figures:
+        meters.append(PhaseMeter(bench, step_trainer(bench, config, random_causal_lm(bench, config_of_size(bench)))))
+        return step_figures(bench, config, meters[0], bench.cap_gib) | {"step": 1}
+
+    def second_step() -> Figures:
+        return step_figures(bench, config, meters[0], bench.cap_gib) | {"step": 2}
 
     with bench.held_to(bench.cap_gib):
-        yield MAIN, bench.attempt(main_step)
-        for checkpointing, micro in VARIANTS if meters else ():
-            name = f"update in micro-batches of {micro}, checkpointing {'on' if checkpointing else 'off'}"
-            yield name, bench.attempt(update_timer(bench, config, meters[0], checkpointing, micro), seconds=8)
+        first = bench.attempt(first_step)
+        yield MAIN, first
+        if "error" not in first:
+            second = bench.attempt(second_step)
+            if "error" in second:
+                yield f"{MAIN}, second step", second
+            else:
+                yield MAIN, second | {"first_step_seconds": first["seconds"]["step"]}
+                for checkpointing, micro in VARIANTS:
+                    name = f"{UPDATE} micro-batches of {micro}, checkpointing {'on' if checkpointing else 'off'}"
+                    yield name, bench.attempt(update_timer(bench, config, meters[0], checkpointing, micro), seconds=8)
     meters.clear()
     return_freed_memory()
     yield f"{MAIN}, value_model: head", bench.attempt(whole_step(bench, MAIN, bench.cap_gib, value_model="head"), 30)
