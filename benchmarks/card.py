@@ -143,38 +143,39 @@ class Record:
             consequence = f"{out} keeps figures of one kind of run, so choose another --out"
             check_same_conditions(before["run"], run, consequence)
             self.whole["parts"] = before["parts"]
-        self._new: set[str] = set()
+        self._before: Figures = {}
+        self._now: Figures = {}
         self._append({"run": run})
 
     def begin(self, part: str) -> None:
         """Begin a part."""
-        self._new = set()
-        self.whole["parts"].setdefault(part, {"status": "begun", "figures": {}})
+        self._now = {}
+        self._before = self.whole["parts"].setdefault(part, {"status": "begun", "figures": {}})["figures"]
 
     def add(self, part: str, what: str, figures: Figures) -> None:
         """Keep figures, print them, and write them down."""
-        figures = plain(figures)
-        held = self.whole["parts"][part]
-        if not self._new:  # what was said of the earlier run, its error or its seconds
-            held = self.whole["parts"][part] = {"status": "begun", "figures": held["figures"]}
-        self._new.add(what)
-        if "skipped" not in figures or what not in held["figures"]:
-            held["figures"][what] = figures
+        self._now[what] = figures = plain(figures)
+        self._set(part, {"status": "begun"}, self._before | self._preferred())
         self._append({"part": part, "what": what, "figures": figures})
         note(f"  {what}: {json.dumps(figures, ensure_ascii=False)}")
 
     def end(self, part: str, status: str, **more: Any) -> None:
         """Say how a part ended: done, failed, skipped or stopped.
 
-        A part that brought no figure stays what it was after the earlier run; one that is done keeps no others.
+        A part that measured nothing stays what it was after the earlier run; one that is done keeps no other figures.
         """
-        said, held = plain({"status": status, **more}), self.whole["parts"][part]
-        if self._new or not held["figures"]:
-            held |= said
-        if status == "done":
-            held["figures"] = {what: f for what, f in held["figures"].items() if what in self._new}
+        said = plain({"status": status, **more})
+        self._set(part, said, ({} if status == "done" else self._before) | self._preferred())
         self._append({"part": part} | said)
         note(f"  {part}: {status}" + "".join(f", {name} {value}" for name, value in said.items() if name != "status"))
+
+    def _preferred(self) -> Figures:
+        """Return what this run has of the part, or the earlier one where only that one measured it."""
+        return {what: f if measured(f) else self._before.get(what, f) for what, f in self._now.items()}
+
+    def _set(self, part: str, said: Figures, figures: Figures) -> None:
+        if not self._before or any(map(measured, self._now.values())):
+            self.whole["parts"][part] = said | {"figures": figures}
 
     def _append(self, line: Figures) -> None:
         with self.lines.open("a", encoding="utf-8") as file:
@@ -184,6 +185,11 @@ class Record:
         half = self.out / f"{WHOLE}.half"
         half.write_text(json.dumps(self.whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         half.replace(self.out / WHOLE)
+
+
+def measured(figures: Figures) -> bool:
+    """Return whether there are figures, and not only a reason why there are none."""
+    return not figures.keys() & {"skipped", "not_measured"}
 
 
 def plain(value: Any) -> Any:

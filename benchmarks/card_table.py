@@ -37,7 +37,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     if not results:
         return NOT_YET
     for result in results:
-        check_same_conditions(results[0]["run"], result["run"], "their figures do not belong into one table")
+        check_same_conditions(results[0]["run"], result["run"], "their figures do not belong in one table")
     parts: dict[str, Any] = {}
     for result in results:
         parts |= result["parts"]

@@ -204,13 +204,15 @@ def test_a_second_run_adds_to_the_first_and_replaces_what_it_measures_again(tmp_
 
 
 def test_a_part_without_new_figures_leaves_those_of_the_earlier_run(tmp_path: Path, bench: Bench) -> None:
-    """Skipped for want of time, or broken at once: the part stays done, and the lines tell of the second try."""
+    """Broken at once, skipped, or not measurable: the part stays what it was, and the lines tell of the other tries."""
     before = ran(tmp_path, bench, one=part_of(("n", {"is": 1})))
     assert ran(tmp_path, bench, one=part_of(error=ValueError("broke at once"))) == before
     bench.deadline = time.monotonic()
     assert ran(tmp_path, bench, one=part_of(("n", {"is": 2}))) == before
+    bench.deadline = time.monotonic() + 60
+    assert ran(tmp_path, bench, one=part_of(("m", {"not_measured": "the model is not here"}))) == before
     lines = [json.loads(line) for line in read(tmp_path / "card.jsonl").splitlines()]
-    assert [line["status"] for line in lines if "status" in line] == ["done", "failed", "skipped"]
+    assert [line["status"] for line in lines if "status" in line] == ["done", "failed", "skipped", "done"]
 
 
 def test_a_part_that_fails_half_way_keeps_the_rest_of_the_earlier_run(tmp_path: Path, bench: Bench) -> None:
@@ -230,7 +232,7 @@ def test_figures_of_other_conditions_are_not_mixed(tmp_path: Path, bench: Bench,
         card.Record(tmp_path, RUN | changed)
     assert result(tmp_path) == {"run": RUN, "parts": before}
     first, second = ({"run": RUN | {"device": "Card"} | more, "parts": {}} for more in ({}, changed))
-    with pytest.raises(UserError, match="do not belong into one table"):
+    with pytest.raises(UserError, match="do not belong in one table"):
         tables([first, second])
 
 

@@ -36,7 +36,7 @@ from card_parts.models import (
 )
 from card_parts.peers import agreement_of, numbers_of, printed_by, random_model, second_step_of, written_model
 from card_parts.ppo import MAIN, decoding_floor, planned_shape
-from card_parts.profiled import device_figures
+from card_parts.profiled import Profile, device_figures
 from safetensors.torch import load_file
 from shapes import Rates, update_flops
 
@@ -230,6 +230,26 @@ def test_the_floor_and_the_flops_by_hand(bench: Bench) -> None:
     epochs, batch = config.ppo.num_ppo_epochs, config.ppo.batch_size
     expected = epochs * batch * (2 * 4 * body * (7 + 5) + 4 * head * 5)
     assert update_flops(config.ppo, shape.body, head, 7, 5) == expected
+
+
+def test_a_profile_tells_kernels_from_calls(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch and one wait on the host, one kernel of 30 µs on the device, and a mark that is no kernel."""
+    kinds = {"CPU": torch.autograd.DeviceType.CPU, "CUDA": torch.autograd.DeviceType.CUDA}
+    seen = [("cudaLaunchKernel", "CPU", 0, 5), ("cudaStreamSynchronize", "CPU", 5, 40), ("aten::mm", "CPU", 0, 6),
+            ("gemm", "CUDA", 10, 40), ("mark", "CUDA", 0, 50)]  # fmt: skip
+    events = [
+        argparse.Namespace(name=name, device_type=kinds[kind], is_user_annotation=name == "mark",
+                           time_range=argparse.Namespace(start=start, end=end))
+        for name, kind, start, end in seen
+    ]  # fmt: skip
+    profile = Profile(bench)
+    profile.wall, profile.plain_wall = 80e-6, 40e-6
+    monkeypatch.setattr(profile, "profiler", argparse.Namespace(events=lambda: events))
+    figures = profile.figures()
+    assert figures["cuda_calls"] == {"cudaLaunchKernel": 1, "cudaStreamSynchronize": 1}
+    assert (figures["kernels"], figures["device_busy_ms"]) == (1, 0.03)
+    assert figures["device_idle_share"] == pytest.approx(0.25)
+    assert (figures["wall_ms"], figures["wall_ms_under_profiler"]) == pytest.approx((0.04, 0.08))
 
 
 def test_idle_time_is_what_no_kernel_fills_without_the_profiler() -> None:
