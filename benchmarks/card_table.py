@@ -4,8 +4,8 @@
     python benchmarks/card_table.py FILE FILE        # parts of later files take the place of those of earlier ones
     python benchmarks/card_table.py                  # the newest in benchmarks/results
 
-A figure is printed as it was measured or not at all. Without a result file, or with one that no card made, it says that
-nothing has been measured yet.
+A figure is printed as it was measured or not at all. Where benchmarks/results holds nothing, or a result is not of a
+card, it says that nothing has been measured yet.
 """
 
 from __future__ import annotations
@@ -16,21 +16,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_rlhf.errors import UserError
+from lora_rlhf.terminal import run_recipe
+
 RESULTS = Path(__file__).parent / "results"
 NOT_YET = "Not yet measured on a GPU."
+CONDITIONS = ("device", "size", "cap_gib")
+"""What all figures of a run depend on."""
+UPDATE = "update in"
+"""How the names of those figures of the ppo part begin that are of the update alone."""
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
-    """Return the tables of some results, joined; or that nothing has been measured yet."""
+    """Return the tables of some results, joined; or that nothing has been measured yet.
+
+    Raises:
+        UserError: they are of several devices, sizes or caps.
+    """
     results = [result for result in results if result["run"]["device"] != "CPU"]
     if not results:
         return NOT_YET
-    devices = dict.fromkeys(result["run"]["device"] for result in results)
+    for result in results:
+        check_same_conditions(results[0]["run"], result["run"], "their figures do not belong in one table")
     parts: dict[str, Any] = {}
     for result in results:
         parts |= result["parts"]
     figures = {name: part["figures"] for name, part in parts.items() if part["figures"]}
-    lines = [head(list(devices), results[-1]["run"], figures.get("limits", {})), ""]
+    lines = [head(results[-1]["run"], figures.get("limits", {})), ""]
     for section in (steps(figures), updates(figures), tokens(figures), stages(figures), checks(figures)):
         lines += [*section, ""] if section else []
     unsaid = [f"{name} ({part['status']})" for name, part in parts.items() if part["status"] != "done"]
@@ -38,9 +50,9 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def head(devices: list[str], run: dict[str, Any], limits: dict[str, Any]) -> str:
+def head(run: dict[str, Any], limits: dict[str, Any]) -> str:
     """Return the sentence that says where the figures come from."""
-    said = " and ".join(devices)
+    said = run["device"]
     if "versions" in limits:
         said += f", torch {limits['versions']['torch']}, bitsandbytes {limits['versions']['bitsandbytes']}"
     if "rates" in limits:
@@ -52,10 +64,13 @@ def head(devices: list[str], run: dict[str, Any], limits: dict[str, Any]) -> str
 
 def steps(figures: dict[str, Any]) -> list[str]:
     """Return the table of whole PPO steps."""
-    found = {name: f for name, f in figures.get("ppo", {}).items() if "seconds" in f}
+    found = {name: f for name, f in figures.get("ppo", {}).items() if not name.startswith(UPDATE)}
     peers = {f"unsloth: {name}": f for name, f in figures.get("unsloth", {}).items() if "seconds" in f}
     rows = []
     for name, f in (found | peers).items():
+        if "seconds" not in f:
+            rows.append([name, reason(f), *[""] * 8])
+            continue
         seconds, peaks = f["seconds"], f["peaks"].values()
         allocated = max(peak["allocated_gib"] for peak in peaks)
         reserved = max(peak.get("reserved_gib", peak["allocated_gib"]) for peak in peaks)
@@ -74,7 +89,7 @@ def steps(figures: dict[str, Any]) -> list[str]:
 
 def updates(figures: dict[str, Any]) -> list[str]:
     """Return the table of the update's variants, whose seconds are extrapolated."""
-    found = {name: f for name, f in figures.get("ppo", {}).items() if name.startswith("update in")}
+    found = {name: f for name, f in figures.get("ppo", {}).items() if name.startswith(UPDATE)}
     rows = [
         [name, f"{f['update_seconds']:.1f}", f"{f['allocated_gib']:.1f}"]
         if "update_seconds" in f
@@ -145,12 +160,38 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def check_same_conditions(first: dict[str, Any], second: dict[str, Any], consequence: str) -> None:
+    """Raise `UserError`, which ends with `consequence`, where two runs differ in what all figures depend on."""
+    for name in CONDITIONS:
+        if first.get(name) != second.get(name):
+            raise UserError(f"one run has {name} {first.get(name)}, the other {second.get(name)}: {consequence}")
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """Return what a result file of `card.py` holds.
+
+    Raises:
+        UserError: there is no such file, or it is no result.
+    """
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        parts = result["parts"].values()
+        whole = "device" in result["run"] and all({"status", "figures"} <= part.keys() for part in parts)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is no result of benchmarks/card.py, which writes card.json")
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="card.json files [the newest in benchmarks/results]")
     files = parser.parse_args().files or sorted(RESULTS.glob("*.json"), key=lambda file: file.stem[-10:])[-1:]
-    print(tables([json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]))
+    print(tables([read_result(file) for file in files]))
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

@@ -11,10 +11,10 @@ import torch
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
 from lora_rlhf.base.shared import REWARD, SharedBase
-from lora_rlhf.config import RunConfig
+from lora_rlhf.config import PpoSettings, RunConfig
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs
 from lora_rlhf.ppo.trainer import PpoTrainer
-from lora_rlhf.reward.sources import AdapterReward, CombinedReward
+from lora_rlhf.reward.sources import AdapterReward, CombinedReward, ScoreScale
 
 
 class Endless:
@@ -42,13 +42,29 @@ def trainer_of_shape(config: RunConfig, prompt_length: int) -> PpoTrainer:
     pairs, _ = preference_pairs(config, tokenizer, "train")
     torch.manual_seed(config.seed)
     base = SharedBase(load_causal_lm(config), lora_config(config.lora), getattr(torch, config.dtype))
+    trainer = trainer_on(base, config, tokenizer, pairs)
+    trainer.tokenizer, trainer.prompt_ids = Endless(tokenizer), full_length(pairs, tokenizer, prompt_length)
+    return trainer
+
+
+def trainer_on(
+    base: SharedBase, config: RunConfig, tokenizer: Any, pairs: list[PreferencePair], scale: ScoreScale | None = None
+) -> PpoTrainer:
+    """Return a trainer with all four roles on a base that has its policy; the reward adapter is random.
+
+    Args:
+        base: the shared base.
+        config: of the run.
+        tokenizer: of the base.
+        pairs: training pairs.
+        scale: of the reward; None means that it is measured now, in a rollout.
+    """
     base.new_adapter(REWARD, lora_config(config.lora), trainable=False)
     with torch.no_grad():
         base.heads[REWARD].weight.normal_(std=0.02)  # type: ignore[operator]
     source = AdapterReward(base, batch=config.ppo.scoring_batch_size)
-    trainer = PpoTrainer(base, tokenizer, pairs, CombinedReward([source]), config.ppo, config.seed)
-    trainer.tokenizer, trainer.prompt_ids = Endless(tokenizer), full_length(pairs, tokenizer, prompt_length)
-    return trainer
+    reward = CombinedReward([source], {source.name: scale} if scale else {})
+    return PpoTrainer(base, tokenizer, pairs, reward, config.ppo, config.seed)
 
 
 @dataclass(frozen=True)
@@ -100,13 +116,52 @@ def floor_seconds(trainer: PpoTrainer, prompt_length: int, rates: Rates) -> dict
     body -= doubled + lora  # an adapted layer is seen twice above: itself, and what it wraps
     width = torch.finfo(base.compute_dtype).bits // 8
     answers, tokens = s.batch_size * s.response_length, s.batch_size * (prompt_length + s.response_length)
-    step = max(width * (body + head) / rates.bandwidth, 2 * (body + head) * s.batch_size / rates.matmul)
-    prefill = 2 * body * s.batch_size * prompt_length / rates.matmul
-    trained = 1 if s.value_model == "head" else 2
-    scored = 2 * body * tokens * (trained + 2) + 2 * 2 * head * answers
-    updated = s.num_ppo_epochs * (trained * 4 * body * tokens + 4 * head * answers)
+    token = token_floor(rates, width * (body + head), body + head, s.batch_size)
+    scored = 2 * body * tokens * (_trained_roles(s) + 2) + 2 * 2 * head * answers
     return {
-        "rollout": prefill + s.response_length * step,
+        "rollout": rollout_floor(rates, body, s.batch_size, prompt_length, s.response_length, token),
         "score": scored / rates.matmul,
-        "update": updated / rates.matmul,
+        "update": update_flops(s, body, head, prompt_length, s.response_length) / rates.matmul,
     }
+
+
+def rollout_floor(rates: Rates, body: float, rows: int, prompt: float, answer: float, token: float) -> float:
+    """Return the least seconds of a rollout: prompts at the rate of products, then `answer` tokens of `token` each.
+
+    Args:
+        rates: of the device.
+        body: weights outside embedding and LM head.
+        rows: answers.
+        prompt: mean tokens of a prompt.
+        answer: tokens of the longest answer.
+        token: least seconds of one decoded token of all rows.
+    """
+    return 2 * body * rows * prompt / rates.matmul + answer * token
+
+
+def token_floor(rates: Rates, read: float, weights: float, rows: int) -> float:
+    """Return the least seconds of one decoded token: `read` bytes are read, or the products done, if that is longer."""
+    return max(read / rates.bandwidth, 2 * weights * rows / rates.matmul)
+
+
+def update_flops(settings: PpoSettings, body: float, head: float, prompt: float, answer: float) -> float:
+    """Return the floating-point operations that an update cannot do without.
+
+    The frozen base takes no gradient of its own, so backward costs as much as forward. What checkpointing computes
+    again does not count; nor, being a few percent, do attention's own products and the adapters'. The LM head counts on
+    answers alone.
+
+    Args:
+        settings: of PPO.
+        body: weights outside embedding and LM head.
+        head: weights of the LM head.
+        prompt: mean tokens of a prompt.
+        answer: mean tokens of an answer.
+    """
+    of_answer = _trained_roles(settings) * 4 * body * (prompt + answer) + 4 * head * answer
+    return settings.num_ppo_epochs * settings.batch_size * of_answer
+
+
+def _trained_roles(settings: PpoSettings) -> int:
+    """Return how many adapters learn: the policy's, and the value's unless it is only a head."""
+    return 1 if settings.value_model == "head" else 2

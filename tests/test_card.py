@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -20,30 +21,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import card
+import card_parts.bench as bench_part
 import torch
 from card_parts.bench import SIZES, Bench, Figures
-from card_parts.embedded_run import embedded_model
-from card_parts.models import (
-    config_of_size,
-    mixed_prompts,
-    random_causal_lm,
-    shared_base,
-    step_config,
-    whole_vocabulary_tokenizer,
-    write_model,
-)
-from card_parts.peers import agreement_of, numbers_of, random_model, written_model
-from card_parts.ppo import MAIN, planned_shape, token_floor, update_flops
-from card_parts.profiled import device_figures
+from card_parts.ppo import MAIN
 from card_table import NOT_YET, tables
-from safetensors.torch import load_file
-from shapes import Rates
 
-from lora_rlhf.base.loading import load_causal_lm
-from lora_rlhf.base.shared import POLICY
 from lora_rlhf.errors import UserError
-from lora_rlhf.ppo.decoding import stop_position
 
+RUN: Figures = {"device": "CPU", "size": "tiny", "cap_gib": 24.0, "date": "2026-12-01"}
 WHY_NOT = ("not_measured", "skipped")
 
 
@@ -55,10 +41,15 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words), capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment(), check=False
-    )
+def run(*words: str) -> None:
+    """Run the command in this process, which has imported all that it needs; the log sees file descriptor 1 alone."""
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        open(1, "w", closefd=False) as descriptor,
+        contextlib.redirect_stdout(descriptor),
+    ):
+        patched.setattr(sys, "argv", ["card.py", "--size", "tiny", *words])
+        card.main()
 
 
 def result(out: Path) -> dict[str, Any]:
@@ -82,8 +73,7 @@ def bench(tmp_path: Path) -> Bench:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of every part."""
     out = tmp_path_factory.mktemp("card")
-    done = run("--out", str(out), "--cap_gib", "24")
-    assert done.returncode == 0, done.stdout + done.stderr
+    run("--out", str(out), "--cap_gib", "24", "--budget", "100000")  # seconds since this process began
     return out
 
 
@@ -103,13 +93,13 @@ def test_every_part_has_figures_or_says_why_not(whole: Path) -> None:
 def test_whole_steps_report_seconds_peaks_and_shares(whole: Path) -> None:
     figures = result(whole)["parts"]["ppo"]["figures"]
     steps = {name: f for name, f in figures.items() if name.startswith("mistral")}
-    assert len(steps) == 3
+    assert len(steps) == 3 and steps[MAIN]["step"] == 2 and steps[MAIN]["first_step_seconds"] > 0
     for f in steps.values():
         assert sum(f["seconds"][phase] for phase in ("rollout", "score", "update")) <= f["seconds"]["step"]
         assert all(f["peaks"][phase]["allocated_gib"] > 0 < f["planned_gib"][phase] for phase in f["peaks"])
         assert 0 < f["rollout_share_of_floor"] < 1 and 0 < f["update_model_flops_utilisation"] < 1
         assert f["mean_answer_tokens"] > 5  # of 6
-    assert len([name for name in figures if name.startswith("update in micro-batches")]) == 5
+    assert len([name for name in figures if name.startswith("update in micro-batches")]) == 4
 
 
 def test_what_is_right_on_a_cpu_is_right(whole: Path) -> None:
@@ -146,9 +136,9 @@ def test_a_cpu_makes_no_table(whole: Path) -> None:
 
 
 def test_nothing_begins_that_the_budget_has_no_room_for(tmp_path: Path) -> None:
-    done = run("--out", str(tmp_path), "--budget", "1", "--parts", "decode", "limits")
+    run("--out", str(tmp_path), "--budget", "1", "--parts", "decode", "limits")
     parts = result(tmp_path)["parts"]
-    assert done.returncode == 0 and list(parts) == ["limits", "decode"]
+    assert list(parts) == ["limits", "decode"]
     assert all(part["status"] == "skipped" and "are left" in part["reason"] for part in parts.values())
 
 
@@ -182,7 +172,7 @@ def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path, bench: Bench)
         """Go on."""
         yield "third", {"rate": math.inf}
 
-    record = card.Record(tmp_path, {"device": "CPU"})
+    record = card.Record(tmp_path, RUN)
     card.run_parts({"broken": card.Planned(broken, 1), "sound": card.Planned(sound, 1)}, bench, record)
     parts = result(tmp_path)["parts"]
     assert parts["broken"]["status"] == "failed" and parts["broken"]["figures"] == {"first": {"ms": 1.0}}
@@ -190,18 +180,105 @@ def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path, bench: Bench)
     assert parts["sound"]["status"] == "done" and parts["sound"]["figures"] == {"third": {"rate": "inf"}}
 
 
-def test_a_second_run_adds_to_the_first(tmp_path: Path, bench: Bench) -> None:
-    def counting(number: int) -> card.Part:
-        def part(_: Bench) -> Iterator[tuple[str, Figures]]:
-            yield "number", {"is": number}
+def part_of(*yielded: tuple[str, Figures], error: Exception | None = None) -> card.Planned:
+    """Return a part that yields these figures, and then fails where there is an error."""
 
-        return part
+    def part(_: Bench) -> Iterator[tuple[str, Figures]]:
+        yield from yielded
+        if error:
+            raise error
 
-    for parts in ({"one": 1, "two": 2}, {"two": 3}):
-        record = card.Record(tmp_path, {"device": "CPU"})
-        card.run_parts({name: card.Planned(counting(n), 1) for name, n in parts.items()}, bench, record)
-    figures = {name: part["figures"]["number"]["is"] for name, part in result(tmp_path)["parts"].items()}
-    assert figures == {"one": 1, "two": 3}
+    return card.Planned(part, 1)
+
+
+def ran(tmp_path: Path, bench: Bench, **parts: card.Planned) -> dict[str, Any]:
+    """Return all parts in the folder after a run of some."""
+    card.run_parts(parts, bench, card.Record(tmp_path, RUN))
+    return result(tmp_path)["parts"]
+
+
+def test_a_second_run_adds_to_the_first_and_replaces_what_it_measures_again(tmp_path: Path, bench: Bench) -> None:
+    ran(tmp_path, bench, one=part_of(("n", {"is": 1})), two=part_of(("n", {"is": 2}), ("before", {"is": 2})))
+    parts = ran(tmp_path, bench, two=part_of(("n", {"is": 3})))
+    assert {name: part["figures"] for name, part in parts.items()} == {"one": {"n": {"is": 1}}, "two": {"n": {"is": 3}}}
+
+
+def test_a_part_without_new_figures_leaves_those_of_the_earlier_run(tmp_path: Path, bench: Bench) -> None:
+    """Broken at once, skipped, or not measurable: the part stays what it was, and the lines tell of the other tries."""
+    before = ran(tmp_path, bench, one=part_of(("n", {"is": 1})))
+    assert ran(tmp_path, bench, one=part_of(error=ValueError("broke at once"))) == before
+    bench.deadline = time.monotonic()
+    assert ran(tmp_path, bench, one=part_of(("n", {"is": 2}))) == before
+    bench.deadline = time.monotonic() + 60
+    assert ran(tmp_path, bench, one=part_of(("m", {"not_measured": "the model is not here"}))) == before
+    lines = [json.loads(line) for line in read(tmp_path / "card.jsonl").splitlines()]
+    assert [line["status"] for line in lines if "status" in line] == ["done", "failed", "skipped", "done"]
+
+
+def test_a_part_that_fails_half_way_keeps_the_rest_of_the_earlier_run(tmp_path: Path, bench: Bench) -> None:
+    ran(tmp_path, bench, one=part_of(("n", {"is": 1}), ("m", {"is": 1})))
+    one = ran(tmp_path, bench, one=part_of(("n", {"is": 2}), error=ValueError("broke")))["one"]
+    assert one["status"] == "failed" and one["error"] == "ValueError: broke"
+    assert one["figures"] == {"n": {"is": 2}, "m": {"is": 1}}
+    one = ran(tmp_path, bench, one=part_of(("n", {"is": 3}), ("m", {"skipped": "no time is left"})))["one"]
+    assert one["status"] == "done" and "error" not in one
+    assert one["figures"] == {"n": {"is": 3}, "m": {"is": 1}}
+
+
+@pytest.mark.parametrize("changed", [{"device": "Other Card"}, {"size": "mistral"}, {"cap_gib": 16.0}])
+def test_figures_of_other_conditions_are_not_mixed(tmp_path: Path, bench: Bench, changed: Figures) -> None:
+    before = ran(tmp_path, bench, one=part_of(("n", {"is": 1})))
+    with pytest.raises(UserError, match=f"one run has {next(iter(changed))} .* choose another --out"):
+        card.Record(tmp_path, RUN | changed)
+    assert result(tmp_path) == {"run": RUN, "parts": before}
+    first, second = ({"run": RUN | {"device": "Card"} | more, "parts": {}} for more in ({}, changed))
+    with pytest.raises(UserError, match="do not belong in one table"):
+        tables([first, second])
+
+
+def test_a_lost_card_leaves_the_other_parts_to_a_new_process(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> Figures:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def losing(bench: Bench) -> Iterator[tuple[str, Figures]]:
+        """Lose it."""
+        yield "before", {"is": 1}
+        monkeypatch.setattr(card, "device_answers", lambda: False)
+        monkeypatch.setattr(bench_part, "device_answers", lambda: False)
+        yield "never", bench.attempt(lost)
+
+    parts = {"first": card.Planned(losing, 1), "second": part_of(("n", {})), "third": part_of(("n", {}))}
+    assert card.run_parts(parts, bench, card.Record(tmp_path, RUN)) == ["second", "third"]
+    first = result(tmp_path)["parts"]
+    assert list(first) == ["first"] and first["first"]["figures"] == {"before": {"is": 1}}
+    assert "illegal memory access" in first["first"]["error"] and first["first"]["status"] == "failed"
+
+
+def test_a_new_process_measures_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        sys, "argv", ["card.py", "--out", "results", "--parts", "ppo", "decode", "trl", "--budget", "9"]
+    )
+    monkeypatch.setattr(os, "execv", lambda _, words: started.append(words))
+    card.start_again(["trl"])
+    assert started[0][1] == card.__file__
+    monkeypatch.setattr(sys, "argv", started[0][1:])
+    given = card.arguments()
+    assert (given.parts, given.budget, given.out) == (["trl"], 9.0, Path("results"))
+
+
+def test_the_log_ends_though_a_process_still_holds_it_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "TEE_SECONDS", 0.5)
+    started = time.monotonic()
+    with card.logged(tmp_path / "log"):
+        os.write(1, b"printed\n")
+        process = subprocess.Popen(["sleep", "60"])
+    process.kill()
+    process.wait()
+    assert time.monotonic() - started < 30
+    assert read(tmp_path / "log") == "printed\n"
 
 
 @pytest.mark.parametrize(
@@ -209,6 +286,7 @@ def test_a_second_run_adds_to_the_first(tmp_path: Path, bench: Bench) -> None:
     [
         ({"gguf_parts": [Path("half")]}, "--gguf_parts: no file half"),
         ({"peer_path": Path("nowhere")}, "--peer_path: no folder nowhere"),
+        ({"cap_gib": 1.0}, "--cap_gib: 1 GiB are too few"),
         ({"out": ROOT / "LICENSE" / "out"}, "--out: .* cannot be made"),
         pytest.param(
             {"size": "mistral"}, "--size mistral needs a CUDA device",
@@ -217,92 +295,12 @@ def test_a_second_run_adds_to_the_first(tmp_path: Path, bench: Bench) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_said_before_any_work(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
-    given = {"size": "tiny", "out": tmp_path, "gguf_parts": [], "peer_path": None} | changed
+    given = {"size": "tiny", "out": tmp_path, "gguf_parts": [], "peer_path": None, "cap_gib": None} | changed
     with pytest.raises(UserError, match=said):
         card.checked_device(argparse.Namespace(**given))
 
 
-# -- what the parts are made of ---------------------------------------------------------------------------------------
-
-
-def test_every_id_of_the_vocabulary_decodes_and_stop_strings_are_found() -> None:
-    tokenizer = whole_vocabulary_tokenizer(2000)
-    assert len(tokenizer) == 2000
-    assert all(tokenizer.decode([i]) for i in range(5, 2000))
-    text = [1999, *tokenizer("\n\nHuman:", add_special_tokens=False)["input_ids"], 1998]
-    assert stop_position(tokenizer, text, ("\n\nHuman:",)) == (1, len(text) - 1, tokenizer.decode([1999]))
-    assert tokenizer("as it is")["input_ids"] == whole_vocabulary_tokenizer(600)("as it is")["input_ids"]
-
-
-def test_prompts_differ_in_length_and_reach_the_longest(bench: Bench) -> None:
-    lengths = {len(prompt) for prompt in mixed_prompts(bench, 24)}
-    assert lengths == set(range(3, 25))
-
-
-def test_a_written_model_is_the_one_in_memory(bench: Bench) -> None:
-    model = random_causal_lm(bench, config_of_size(bench))
-    write_model(model, bench.tokenizer, bench.folder / "model")
-    config = step_config(bench, MAIN, None)
-    config.model_name_or_path = str(bench.folder / "model")
-    ids = torch.arange(5, 40)[None]
-    assert torch.equal(load_causal_lm(config)(ids).logits, model(ids).logits)
-
-
-def test_numbers_of_two_bases_agree_where_they_are_the_same_and_not_else(bench: Bench) -> None:
-    config = step_config(bench, MAIN, None)
-    first, second, other = (
-        shared_base(config, random_causal_lm(bench, config_of_size(bench), seed)) for seed in (0, 0, 1)
-    )
-    before = [p.clone() for p in first.parameters(POLICY)]
-    ours = numbers_of(bench, first)
-    assert all(torch.equal(p, b) for p, b in zip(first.parameters(POLICY), before, strict=True))
-    assert set(agreement_of(numbers_of(bench, second), ours).values()) == {0.0}
-    assert agreement_of(numbers_of(bench, other), ours)["gradient_error"] > 0.5
-
-
-@pytest.mark.slow
-def test_a_backend_in_a_process_of_its_own_agrees_with_ours(bench: Bench) -> None:
-    folder, file = written_model(bench), bench.folder / "numbers.safetensors"
-    words = ["--backend", "transformers", "--model", str(folder), "--size", "tiny", "--numbers", str(file)]
-    script = ROOT / "benchmarks" / "peers" / "backend_step.py"
-    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(script), *words], capture_output=True, text=True, env=environment() | {"PYTHONPATH": path},
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1])["seconds"]["step"] > 0
-    ours = numbers_of(bench, shared_base(step_config(bench, MAIN, None), random_model(bench)))
-    assert set(agreement_of(load_file(file), ours).values()) == {0.0}
-
-
-def test_pieces_that_are_not_the_embedded_model_are_refused(bench: Bench) -> None:
-    for name in ("a", "b"):
-        (bench.folder / name).write_bytes(b"GGUF")
-        bench.gguf_parts.append(bench.folder / name)
-    with pytest.raises(UserError, match="gguf_parts"):
-        embedded_model(bench)
-
-
-def test_the_floor_and_the_flops_by_hand(bench: Bench) -> None:
-    """Two layers of 2 · 64² + 2 · 64 · 32 + 3 · 64 · 128 weights, a head of 600 · 64, keys and values of width 32."""
-    shape = planned_shape(bench)
-    body, head = 2 * (2 * 64**2 + 2 * 64 * 32 + 3 * 64 * 128), 600 * 64
-    read = body * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * head + 3 * 10 * 2 * 2 * 32 * 2
-    assert token_floor(shape, Rates(1e9, 1e15), 3, 10) == pytest.approx(read / 1e9)
-    assert token_floor(shape, Rates(1e15, 1e9), 3, 10) == pytest.approx(2 * (body + head) * 3 / 1e9)
-    config = step_config(bench, MAIN, None)
-    epochs, batch = config.ppo.num_ppo_epochs, config.ppo.batch_size
-    expected = epochs * batch * (2 * 4 * body * (7 + 5) + 4 * head * 5)
-    assert update_flops(shape, config, 7, 5) == expected
-
-
-def test_idle_time_is_what_no_kernel_fills() -> None:
-    """Kernels at 0-10, 5-12 (beside it) and 20-30 µs: busy 22 of 30."""
-    figures = device_figures([("a", 20, 30), ("b", 5, 12), ("a", 0, 10)])
-    assert (figures["kernels"], figures["device_busy_ms"], figures["device_idle_ms"]) == (3, 0.022, 0.008)
-    assert figures["device_idle_share"] == pytest.approx(8 / 30)
-    assert figures["longest_kernels"][0] == {"name": "a", "count": 2, "ms": 0.02}
+# -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_table_is_made_of_what_was_measured(whole: Path) -> None:
@@ -319,7 +317,31 @@ def test_a_table_is_made_of_what_was_measured(whole: Path) -> None:
     assert all(line.endswith("|") for line in rows)
 
 
-def test_without_a_result_file_nothing_has_been_measured(tmp_path: Path) -> None:
-    words = [sys.executable, str(ROOT / "benchmarks" / "card_table.py"), str(tmp_path / "none.json")]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == NOT_YET
+def table_of(*files: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, str(ROOT / "benchmarks" / "card_table.py"), *map(str, files)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def test_a_step_that_failed_has_a_row_that_says_why() -> None:
+    parts = {"ppo": {"status": "done", "figures": {MAIN: {"error": "OutOfMemoryError: CUDA out of memory"}}}}
+    rows = [line for line in tables([{"run": RUN | {"device": "Card"}, "parts": parts}]).splitlines() if "|" in line]
+    assert rows[-1].startswith(f"| {MAIN} | out of memory |") and len({row.count("|") for row in rows}) == 1
+
+
+@pytest.mark.skipif((ROOT / "benchmarks" / "results").exists(), reason="there are results")
+def test_without_a_result_file_nothing_has_been_measured() -> None:
+    done = table_of()
+    assert done.returncode == 0 and done.stdout.strip() == NOT_YET
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read: No such file"), ("half", "is no result"), ('{"run": {}, "parts": []}', "is no result")],
+)
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str | None, said: str) -> None:
+    file = tmp_path / "named.json"
+    if content is not None:
+        file.write_text(content)
+    done = table_of(file)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert "named.json" in done.stdout and said in " ".join(done.stdout.split())

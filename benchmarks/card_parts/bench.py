@@ -19,11 +19,16 @@ from lora_rlhf.config import RunConfig
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs
 from lora_rlhf.errors import first_line
 from lora_rlhf.memory import GIB
-from lora_rlhf.memory_peak import peak_memory_gib, return_freed_memory
+from lora_rlhf.memory_peak import device_answers, peak_memory_gib, return_freed_memory
+from lora_rlhf.memory_plan import CONTEXT_BYTES
 
 Figures = dict[str, Any]
 Part = Callable[["Bench"], Iterator[tuple[str, Figures]]]
 NO_CARD = "needs a CUDA device"
+
+
+class DeviceLost(RuntimeError):
+    """An error of CUDA after which this process cannot use the device any more; the text is that error's."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ SIZES = {size.name: size for size in _SIZES}
 """Mistral-7B's own shape, and one that a CPU runs in seconds."""
 
 
+def allocator_gib(card_gib: float) -> float:
+    """Return what a card of `card_gib` leaves to torch's allocator beside CUDA's own memory."""
+    return card_gib - CONTEXT_BYTES / GIB
+
+
 @dataclass
 class Bench:
     """The run of the benchmark.
@@ -80,7 +90,7 @@ class Bench:
     Attributes:
         size: of what is run.
         device: where it runs.
-        cap_gib: memory that a card may give, as a smaller one would; None for all of it.
+        cap_gib: size of the smaller card that the device stands for; None for its own.
         deadline: `time.monotonic()` after which nothing more begins.
         folder: for files that are not kept.
         peer_path: folder with TRL 1.12, unpacked or as a wheel.
@@ -155,7 +165,16 @@ class Bench:
 
     @contextlib.contextmanager
     def held_to(self, gib: float | None) -> Iterator[None]:
-        """Refuse memory beyond `gib` inside the block, as a smaller card would; None for no limit."""
+        """Refuse memory inside the block that a card of `gib` would not have; None for no limit.
+
+        CUDA's own memory, which torch does not count, is taken off: such a card holds that too.
+        """
+        with self.allocator_held_to(None if gib is None else allocator_gib(gib)):
+            yield
+
+    @contextlib.contextmanager
+    def allocator_held_to(self, gib: float | None) -> Iterator[None]:
+        """Refuse torch's allocator more than `gib` inside the block; None for no limit."""
         if not self.on_card:
             yield
             return
@@ -174,6 +193,9 @@ class Bench:
         Args:
             work: measures.
             seconds: that it is expected to take; it is skipped where less is left.
+
+        Raises:
+            DeviceLost: the device cannot be used any more.
         """
         if seconds > self.seconds_left:
             return {"skipped": f"takes about {seconds:.0f} s, and {max(0, self.seconds_left):.0f} s are left"}
@@ -182,5 +204,7 @@ class Bench:
         except Exception as error:
             traceback.print_exc()
             said = f"{type(error).__name__}: {first_line(error)}"
+        if not device_answers():
+            raise DeviceLost(said)
         return_freed_memory()  # out here no traceback holds what was computed
         return {"error": said[:500]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ STEP = {
     "rollout_batch_size": None,
 }  # fmt: skip
 """The small step that is taken again and again."""
+RANK = 32
+"""Of its adapters: bitsandbytes pages the moments of no factor below 100,000 numbers, and 32 · 3584 is above."""
+PAGED_NUMBERS = 100_000
 
 
 def correctness(bench: Bench) -> Iterator[tuple[str, Figures]]:
@@ -151,6 +155,7 @@ def timed_product(bench: Bench, layer: Any, x: torch.Tensor, expected: torch.Ten
 def small_trainer(bench: Bench, **ppo: Any) -> tuple[PpoTrainer, RunConfig]:
     """Return a trainer of the smaller model, and its config; made twice, it does the same twice."""
     config = step_config(bench, MAIN, None, **(STEP | bench.size.step | ppo))
+    config = replace(config, lora=replace(config.lora, r=RANK))
     return step_trainer(bench, config, checked_model(bench)), config
 
 
@@ -176,6 +181,9 @@ def checkpoint(bench: Bench, optim: str) -> Figures:
     restored, _ = small_trainer(bench, optim=optim)
     restore_trainer(restored, read_state(folder, config), folder)
     same = same_state(trainer.optimizer, restored.optimizer)
+    paged = [paged_moments(t.optimizer) for t in (trainer, restored)]
+    large = sum(p.numel() >= PAGED_NUMBERS for own in trainer.parameters.values() for p in own)
+    as_expected = paged == ([large, large] if optim == "paged_adam_8bit" else [0, 0])
     first, second = trainer.step(), restored.step()
     names = ("policy_loss", "value_loss", "score", "grad_norm")
     differences = {name: abs(first[name] - second[name]) for name in names}
@@ -185,10 +193,16 @@ def checkpoint(bench: Bench, optim: str) -> Figures:
     error = relative_error(weights[1], weights[0])
     return {
         "optimizer_state_same": same,
+        "paged_moments": dict(zip(("trained", "restored"), paged, strict=True)),
         "differences": differences,
         "weights_error": error,
-        "right": same and error < 1e-3,
+        "right": same and as_expected and error < 1e-3,
     }
+
+
+def paged_moments(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many parameters have a first moment that bitsandbytes pages."""
+    return sum(getattr(state.get("state1"), "is_paged", False) for state in optimizer.state.values())
 
 
 def same_state(first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> bool:
@@ -219,7 +233,7 @@ def scarce_memory(bench: Bench) -> Figures:
     if bench.on_card:
         return_freed_memory()
         standing = torch.cuda.memory_allocated(bench.device) / GIB
-        with bench.held_to(standing + 0.5 * (peak - standing)):
+        with bench.allocator_held_to(standing + 0.5 * (peak - standing)):
             found = trainer.step()
     else:
         run_out_once(trainer)

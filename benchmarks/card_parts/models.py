@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from shapes import trainer_on
 from torch import nn
 
 from card_parts.bench import Bench
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.embedded import build_tiny_model
 from lora_rlhf.base.loading import quiet_transformers
-from lora_rlhf.base.shared import REWARD, SharedBase
+from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file, config_from_mapping, config_to_mapping
 from lora_rlhf.data.chat import set_chat_template
 from lora_rlhf.memory import with_checkpointing_decided
 from lora_rlhf.ppo.trainer import PpoTrainer
-from lora_rlhf.reward.sources import AdapterReward, CombinedReward, ScoreScale
+from lora_rlhf.reward.sources import ScoreScale
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 NAME = "random-mistral"
@@ -192,12 +193,6 @@ def step_trainer(
 
     The reward's scale is given, not measured: that would be another rollout.
     """
-    base = shared_base(config, causal_lm)
-    base.new_adapter(REWARD, lora_config(config.lora), trainable=False)
-    with torch.no_grad():
-        base.heads[REWARD].weight.normal_(std=0.02)  # type: ignore[operator]
-    source = AdapterReward(base, batch=config.ppo.scoring_batch_size)
-    reward = CombinedReward([source], {source.name: ScoreScale()})
-    trainer = PpoTrainer(base, bench.tokenizer, bench.pairs, reward, config.ppo, config.seed)
+    trainer = trainer_on(shared_base(config, causal_lm), config, bench.tokenizer, bench.pairs, ScoreScale())
     trainer.prompt_ids = list(prompts or mixed_prompts(bench, config.max_prompt_length))
     return trainer

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,19 +20,23 @@ from ppo_step import PEER_VERSION, Contestant
 from safetensors.torch import load_file, save_file
 from shapes import full_length
 
-from card_parts.bench import NO_CARD, Bench, Figures
+from card_parts.bench import NO_CARD, Bench, Figures, allocator_gib
 from card_parts.correctness import relative_error
 from card_parts.models import config_of_size, random_causal_lm, shared_base, step_config, step_trainer, write_model
 from card_parts.ppo import MAIN, PhaseMeter, step_figures
 from lora_rlhf.base.shared import POLICY, SharedBase
+from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import return_freed_memory
 
 PEERS = Path(__file__).parents[1] / "peers"
 TRL_STEP = {
-    "batch_size": 16, "num_mini_batches": 1, "micro_batch_size": 4, "scoring_batch_size": 16, "response_length": 128,
+    "batch_size": 8, "num_mini_batches": 1, "micro_batch_size": 4, "scoring_batch_size": 8, "response_length": 64,
     "rollout_batch_size": None,
 }  # fmt: skip
-"""A quarter of the config's step, and half its answers: TRL decodes no more answers together than it scores."""
+"""An eighth of the config's step, and a quarter of its answers: TRL decodes no more answers together than it scores,
+and computes in float32."""
+LEAST_SECONDS = 60.0
+"""What a process of a peer may take, however little of the budget is left."""
 
 
 def unsloth(bench: Bench) -> Iterator[tuple[str, Figures]]:
@@ -48,15 +53,12 @@ def unsloth(bench: Bench) -> Iterator[tuple[str, Figures]]:
     command = [sys.executable, str(PEERS / "backend_step.py"), *words]
     path = os.pathsep.join([str(PEERS.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, env=environment, timeout=max(60, bench.seconds_left), check=False
-    )
-    print(done.stdout, flush=True)
+    status, printed = printed_by(command, environment, max(LEAST_SECONDS, bench.seconds_left))
     if theirs.is_file():
         yield "agreement with ours", agreement_of(load_file(theirs), ours)
-    if done.returncode:
-        raise RuntimeError(f"the process with unsloth ended with status {done.returncode}; its last words are above")
-    yield "step", json.loads(done.stdout.strip().splitlines()[-1])
+    if status:
+        raise RuntimeError(f"the process with unsloth {status}; its last words are above")
+    yield "step", json.loads(next(line for line in reversed(printed.splitlines()) if line.startswith("{")))
 
 
 def trl(bench: Bench) -> Iterator[tuple[str, Figures]]:
@@ -65,6 +67,7 @@ def trl(bench: Bench) -> Iterator[tuple[str, Figures]]:
     if peer is None:
         yield "step", {"not_measured": "TRL 1.12 is not installed: --peer_path names no folder that holds it"}
         return
+    _ = bench.rates  # measured while no model stands
     config = step_config(bench, MAIN, bench.cap_gib, stop_strings=[], **(TRL_STEP | bench.size.step))
     prompts = full_length(bench.pairs, bench.tokenizer, config.max_prompt_length)
     with bench.held_to(bench.cap_gib):
@@ -81,20 +84,99 @@ def trl(bench: Bench) -> Iterator[tuple[str, Figures]]:
         "scoring": s.scoring_batch_size, "response": s.response_length, "epochs": s.num_ppo_epochs,
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in shape.items()]
-    words += [f"--cap_gib={bench.cap_gib}"] if bench.cap_gib else []
+    words += [f"--cap_gib={allocator_gib(bench.cap_gib)}"] if bench.cap_gib else []  # it caps torch alone
     words += ["--checkpointing"] if s.gradient_checkpointing else []
-    with (
-        first_on_path(peer),
-        contextlib.closing(Contestant(PEER_VERSION, [sys.executable, str(PEERS / "trl_ppo.py"), *words])) as contestant,
-    ):
-        overdue = threading.Timer(max(60.0, bench.seconds_left), contestant.process.kill)
+    command = [sys.executable, str(PEERS / "trl_ppo.py"), *words]
+    with first_on_path(peer):
+        figures = second_step_of(PEER_VERSION, command, max(LEAST_SECONDS, bench.seconds_left))
+    yield "step", figures | {"batch": s.batch_size, "answer_tokens": s.response_length}
+
+
+def printed_by(command: list[str], environment: dict[str, str], seconds: float) -> tuple[str, str]:
+    """Run a command, pass on what it prints, and return how it failed (empty if it did not) and what it printed.
+
+    Args:
+        command: to run.
+        environment: for it.
+        seconds: after which it is ended.
+    """
+    lines, was_overdue = list[str](), threading.Event()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+
+        def end() -> None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.killpg(process.pid, signal.SIGKILL)  # with its own children, which would hold its output open
+
+        def end_overdue() -> None:
+            was_overdue.set()
+            end()
+
+        overdue = threading.Timer(seconds, end_overdue)
         overdue.start()
         try:
-            contestant.step()
-            figures = contestant.step()
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+            code = process.wait()
         finally:
             overdue.cancel()
-        yield "step", figures | {"batch": s.batch_size, "answer_tokens": s.response_length}
+            end()
+    ended = f"was ended after {seconds:.0f} s" if was_overdue.is_set() else f"ended with status {code}" if code else ""
+    return ended, "".join(lines)
+
+
+class WatchedContestant(Contestant):
+    """A contestant that is ended when its time is up, even where it has not said yet that it is ready.
+
+    Args:
+        name: of the contestant.
+        command: that starts it.
+        seconds: after which it is ended.
+    """
+
+    def __init__(self, name: str, command: list[str], seconds: float) -> None:
+        self.seconds, self.was_overdue = seconds, False
+        self.overdue = threading.Timer(seconds, self._end)
+        self.overdue.start()
+        try:
+            super().__init__(name, command)  # waits until the process is ready
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the process."""
+        self.overdue.cancel()
+        if hasattr(self, "process"):
+            super().close()
+
+    def _end(self) -> None:
+        self.was_overdue = True
+        if hasattr(self, "process"):
+            self.process.kill()
+
+    def _answer(self) -> dict[str, Any]:
+        try:
+            return super()._answer()
+        except UserError:
+            if self.was_overdue:
+                raise TimeoutError(f"{self.name} was ended after {self.seconds:.0f} s") from None
+            raise
+
+
+def second_step_of(name: str, command: list[str], seconds: float) -> dict[str, float]:
+    """Return what a contestant says of its second step.
+
+    Raises:
+        UserError: it ended by itself; the text is the last line that it printed.
+        TimeoutError: it took longer than `seconds`.
+    """
+    with contextlib.closing(WatchedContestant(name, command, seconds)) as contestant:
+        contestant.step()
+        return contestant.step()
 
 
 def random_model(bench: Bench) -> Any:

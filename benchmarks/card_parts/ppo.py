@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from shapes import Rates
+from card_table import UPDATE
+from shapes import Rates, rollout_floor, token_floor, update_flops
 
 from card_parts.bench import Bench, Figures
 from card_parts.models import config_of_size, random_causal_lm, step_config, step_trainer
@@ -24,22 +25,39 @@ PHASES = {"rollout": "_rollout", "score": "_scored", "update": "update"}
 """Phase of a step → the trainer's method that does it."""
 TIMED_ROWS = 16
 """Answers of the update that a variant times; the rest is the same work again."""
-VARIANTS = [(True, 4), (True, 16), (False, 2), (False, 4), (False, 16)]
+VARIANTS = [(True, 4), (False, 2), (False, 4), (False, 16)]
 """Gradient checkpointing and micro-batch of the update's variants."""
 
 
 def ppo(bench: Bench) -> Iterator[tuple[str, Figures]]:
-    """Yield the figures of the step as configured, of parts of its update, and of whole steps of other settings."""
+    """Yield the figures of the step as configured, of parts of its update, and of whole steps of other settings.
+
+    The first step, which warms up, is yielded for the case that there is no second one, which takes its place.
+    """
     config = step_config(bench, MAIN, bench.cap_gib)
+    meters: list[PhaseMeter] = []
+    _ = bench.rates  # measured while no model stands: the buffers for it take 4 GiB
+
+    def first_step() -> Figures:
+        meters.append(PhaseMeter(bench, step_trainer(bench, config, random_causal_lm(bench, config_of_size(bench)))))
+        return step_figures(bench, config, meters[0], bench.cap_gib) | {"step": 1}
+
+    def second_step() -> Figures:
+        return step_figures(bench, config, meters[0], bench.cap_gib) | {"step": 2}
+
     with bench.held_to(bench.cap_gib):
-        trainer = step_trainer(bench, config, random_causal_lm(bench, config_of_size(bench)))
-        meter = PhaseMeter(bench, trainer)
-        first = meter.step()
-        yield MAIN, step_figures(bench, config, meter, bench.cap_gib) | {"first_step_seconds": first}
-        for checkpointing, micro in VARIANTS:
-            name = f"update in micro-batches of {micro}, checkpointing {'on' if checkpointing else 'off'}"
-            yield name, bench.attempt(update_timer(bench, config, meter, checkpointing, micro), seconds=10)
-    del trainer, meter
+        first = bench.attempt(first_step)
+        yield MAIN, first
+        if "error" not in first:
+            second = bench.attempt(second_step)
+            if "error" in second:
+                yield f"{MAIN}, second step", second
+            else:
+                yield MAIN, second | {"first_step_seconds": first["seconds"]["step"]}
+                for checkpointing, micro in VARIANTS:
+                    name = f"{UPDATE} micro-batches of {micro}, checkpointing {'on' if checkpointing else 'off'}"
+                    yield name, bench.attempt(update_timer(bench, config, meters[0], checkpointing, micro), seconds=8)
+    meters.clear()
     return_freed_memory()
     yield f"{MAIN}, value_model: head", bench.attempt(whole_step(bench, MAIN, bench.cap_gib, value_model="head"), 30)
     return_freed_memory()
@@ -113,8 +131,9 @@ def step_figures(bench: Bench, config: RunConfig, meter: PhaseMeter, cap_gib: fl
     prompt = rollout.query_mask.sum(1).float().mean().item()
     answers = rollout.action_mask.sum(1)
     answer, longest = answers.float().mean().item(), int(answers.max())
-    floor = rollout_floor(shape, rates, s.batch_size, prompt, longest)
-    flops = update_flops(shape, config, prompt, answer)
+    token = decoding_floor(shape, rates, s.batch_size, prompt + longest / 2)
+    floor = rollout_floor(rates, shape.body, s.batch_size, prompt, longest, token)
+    flops = update_flops(s, shape.body, head_weights(shape), prompt, answer)
     return {
         "seconds": meter.seconds | {"step": total},
         "peaks": meter.peaks,
@@ -153,36 +172,20 @@ def planned_gib(bench: Bench, config: RunConfig, shape: ModelShape, cap_gib: flo
     return {plan.name.partition(": ")[2]: plan.total / GIB for plan in plans if plan.name.startswith("ppo")}
 
 
-def rollout_floor(shape: ModelShape, rates: Rates, rows: int, prompt: float, answer: int) -> float:
-    """Return the least seconds of a rollout: prompts at the rate of products, then tokens at that of memory."""
-    prefill = 2 * shape.body * rows * prompt / rates.matmul
-    return prefill + answer * token_floor(shape, rates, rows, prompt + answer / 2)
-
-
-def token_floor(shape: ModelShape, rates: Rates, rows: int, context: float) -> float:
+def decoding_floor(shape: ModelShape, rates: Rates, rows: int, context: float) -> float:
     """Return the least seconds of one decoded token of all rows.
 
     Each 4-bit weight, the 16-bit LM head, and all keys and values are read once, or the products are done, whichever
     takes longer.
     """
-    head = shape.vocabulary * shape.hidden
     cache = rows * context * shape.layers * 2 * shape.key_width * 2
-    read = shape.body * NF4_BYTES + 2 * head + cache
-    return max(read / rates.bandwidth, 2 * (shape.body + head) * rows / rates.matmul)
+    read = shape.body * NF4_BYTES + 2 * head_weights(shape) + cache
+    return token_floor(rates, read, shape.body + head_weights(shape), rows)
 
 
-def update_flops(shape: ModelShape, config: RunConfig, prompt: float, answer: float) -> float:
-    """Return the floating-point operations that an update cannot do without.
-
-    The frozen base takes no gradient of its own, so backward costs as much as forward. What checkpointing computes
-    again does not count; nor, being a few percent, do attention's own products and the adapters'. The LM head counts on
-    answers alone.
-    """
-    s = config.ppo
-    trained = 1 if s.value_model == "head" else 2
-    body = trained * 4 * shape.body * s.batch_size * (prompt + answer)
-    head = 4 * shape.vocabulary * shape.hidden * s.batch_size * answer
-    return s.num_ppo_epochs * (body + head)
+def head_weights(shape: ModelShape) -> int:
+    """Return the weights of the LM head."""
+    return shape.vocabulary * shape.hidden
 
 
 def update_timer(

@@ -11,11 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from card_parts.bench import NO_CARD, Bench, Figures
-from card_parts.decode import policy_base
 from card_parts.models import config_of_size, mixed_prompts, random_causal_lm, step_config, step_trainer
 from card_parts.ppo import MAIN
 from lora_rlhf.base.shared import POLICY
-from lora_rlhf.memory_peak import return_freed_memory
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.rollout import Rollout, sampled_answers
 from lora_rlhf.ppo.scoring import Scored
@@ -30,19 +28,16 @@ WAITS = ("Synchronize", "cudaMemcpy", "cudaLaunch", "cuLaunch")
 def profiled(bench: Bench) -> Iterator[tuple[str, Figures]]:
     """Yield the profile of one decoded token of a padded batch, and that of one micro-batch of the update."""
     config = step_config(bench, MAIN, bench.cap_gib)
+    rows, context, _ = bench.size.decoded
     with bench.held_to(bench.cap_gib):
-        base = policy_base(bench, random_causal_lm(bench, config_of_size(bench)))
-        rows, context, _ = bench.size.decoded
-        third = ThirdToken(bench)
+        trainer = step_trainer(bench, config, random_causal_lm(bench, config_of_size(bench)))
+        base, third = trainer.base, ThirdToken(bench)
         handle = base.trunk.register_forward_pre_hook(third)
         sampling = Sampling(4, 1.0, tuple(config.ppo.stop_strings), expand_weights=False)
         prompts, generator = mixed_prompts(bench, context)[:rows], torch.Generator().manual_seed(0)
         sampled_answers(base, POLICY, prompts, sampling, bench.tokenizer, generator)
         handle.remove()
         yield "one decoded token", third.profile.figures() | {"rows": rows, "context": context}
-        del base, third, handle
-        return_freed_memory()
-        trainer = step_trainer(bench, config, random_causal_lm(bench, config_of_size(bench)))
         micro, prompt, answer = config.ppo.micro_batch_size, config.max_prompt_length, config.ppo.response_length
         yield "one micro-batch", micro_batch(bench, trainer, micro, prompt, answer).figures() | {
             "rows": micro, "tokens": prompt + answer, "gradient_checkpointing": config.ppo.gradient_checkpointing,
@@ -82,21 +77,22 @@ class Profile:
         on_device = [e for e in on_device if not getattr(e, "is_user_annotation", False)]
         on_host = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
         calls = Counter(e.name for e in on_host if any(word in e.name for word in WAITS))
-        top_level = sum(e.name.startswith("aten::") and e.cpu_parent is None for e in on_host)
-        found: Figures = {
-            "wall_ms": 1e3 * self.plain_wall, "wall_ms_under_profiler": 1e3 * self.wall, "operations": top_level,
-        }  # fmt: skip
+        found: Figures = {"wall_ms": 1e3 * self.plain_wall, "wall_ms_under_profiler": 1e3 * self.wall}
         if not on_device:
             return found | {"not_measured": "the profiler saw no kernels" if self.bench.on_card else NO_CARD}
         spans = [(e.name, e.time_range.start, e.time_range.end) for e in on_device]
-        return found | device_figures(spans) | {"cuda_calls": dict(calls)}
+        return found | device_figures(spans, self.plain_wall) | {"cuda_calls": dict(calls)}
 
 
-def device_figures(spans: Iterable[tuple[str, float, float]]) -> Figures:
-    """Return what the device did, and for how long it did nothing between its first kernel and its last.
+def device_figures(spans: Iterable[tuple[str, float, float]], plain_wall: float) -> Figures:
+    """Return what the device did, and the share of the time in which it did nothing.
+
+    The profiler slows the host that launches kernels, not the kernels: idle is what they leave of the same work's time
+    without the profiler.
 
     Args:
         spans: name, start and end of each kernel and copy, in microseconds.
+        plain_wall: seconds of the same work without the profiler.
     """
     ordered = sorted(spans, key=lambda span: span[1])
     busy, until, total, count = 0.0, ordered[0][1], Counter[str](), Counter[str]()
@@ -110,8 +106,8 @@ def device_figures(spans: Iterable[tuple[str, float, float]]) -> Figures:
     return {
         "kernels": len(ordered),
         "device_busy_ms": busy / 1e3,
-        "device_idle_ms": (span - busy) / 1e3,
-        "device_idle_share": (span - busy) / span,
+        "device_idle_share": 1 - busy / 1e6 / plain_wall,
+        "device_idle_share_under_profiler": (span - busy) / span,
         "longest_kernels": longest,
     }
 

@@ -16,9 +16,10 @@ from lora_rlhf.base.adapters import WEIGHTS
 from lora_rlhf.base.loading import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_mapping
-from lora_rlhf.data.preferences import preference_pairs
+from lora_rlhf.data.preferences import PreferencePair, preference_pairs
 from lora_rlhf.instruct import _sft_trainer_class, train_instruct_adapter
 from lora_rlhf.memory_peak import reset_peak_memory
+from lora_rlhf.processes import Processes
 from lora_rlhf.reward.training import train_reward_adapter
 
 PAIRS = 16
@@ -36,20 +37,28 @@ def training(bench: Bench) -> Iterator[tuple[str, Figures]]:
     }  # fmt: skip
     config = config_from_mapping(values, "training")
     tokenizer = load_tokenizer(config)
-    yield "reward", bench.attempt(partial(one_step, bench, config, tokenizer, train_reward_adapter, "reward_adapter"))
-    sft = bench.attempt(partial(one_step, bench, config, tokenizer, train_instruct_adapter, "instruct_adapter"))
+    pairs = preference_pairs(config, tokenizer, "train")[0][:PAIRS]
+    step = partial(one_step, bench, config, tokenizer, pairs)
+    yield "reward", bench.attempt(partial(step, train_reward_adapter, "reward_adapter"))
+    sft = bench.attempt(partial(step, train_instruct_adapter, "instruct_adapter"))
     fused = _sft_trainer_class().__name__ == "SFTTrainer"
     yield "sft", sft | {"loss": "TRL's own" if fused else "transformers' (TRL's fused one needs CUDA and Triton)"}
 
 
-def one_step(bench: Bench, config: RunConfig, tokenizer: Any, train: Callable[..., None], name: str) -> Figures:
+def one_step(
+    bench: Bench,
+    config: RunConfig,
+    tokenizer: Any,
+    pairs: list[PreferencePair],
+    train: Callable[..., None],
+    name: str,
+) -> Figures:
     """Return seconds and peak of a training of one step, loading and compiling included, and whether it moved."""
-    pairs = preference_pairs(config, tokenizer, "train")[0][:PAIRS]
     folder = bench.folder / "training" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     reset_peak_memory(bench.device)
     started = time.perf_counter()
-    train(config, tokenizer, pairs, folder)
+    train(config, tokenizer, pairs, folder, Processes.one())
     bench.synchronize()
     seconds = time.perf_counter() - started
     weights = load_file(folder / WEIGHTS)

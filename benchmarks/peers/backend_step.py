@@ -18,7 +18,8 @@ from card_parts.models import step_config, step_trainer
 from card_parts.peers import write_numbers
 from card_parts.ppo import MAIN, PhaseMeter, step_figures
 
-from lora_rlhf.base.loading import device, load_causal_lm
+from lora_rlhf.base.devices import device
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.terminal import run_recipe
 
 
@@ -28,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of the model, in 4 bits")
     parser.add_argument("--size", required=True, choices=list(SIZES), help="of the model and of the step")
     parser.add_argument("--numbers", required=True, type=Path, help="file for the numbers to agree on")
-    parser.add_argument("--cap_gib", type=float, help="CUDA: refuse memory beyond this")
+    parser.add_argument("--cap_gib", type=float, help="CUDA: refuse memory that a card of this size would not have")
     return parser.parse_args()
 
 
@@ -38,6 +39,7 @@ def main() -> None:
         bench = Bench(SIZES[given.size], device(), given.cap_gib, time.monotonic() + 600, Path(folder))
         config = step_config(bench, MAIN, given.cap_gib)
         config = replace(config, backend=given.backend, model_name_or_path=given.model)
+        _ = bench.rates  # measured while no model stands: the buffers for it take 4 GiB
         with bench.held_to(given.cap_gib):
             trainer = step_trainer(bench, config, load_causal_lm(config))
             write_numbers(bench, trainer.base, given.numbers)
