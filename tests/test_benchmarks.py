@@ -32,7 +32,9 @@ def test_the_least_seconds_of_the_24_gb_config_on_a_4090() -> None:
 
 
 def test_the_parts_of_a_counted_step_add_up() -> None:
-    counted = figures("roofline.py", "--config", "recipes/configs/tiny.yaml", "--card", "L4", "--json")
+    counted = figures(
+        "roofline.py", "--config", "recipes/configs/tiny.yaml", "--dtype", "bfloat16", "--card", "L4", "--json"
+    )
     phases = counted["phases"]
     assert sum(phase["seconds"] for phase in phases) == pytest.approx(counted["seconds_per_step"])
     assert {phase["stage"] for phase in phases} == {"rollout", "score", "update"}

@@ -87,7 +87,7 @@ def test_any_word_on_the_command_line_gives_a_config_or_a_user_error(dotted: str
         {},
         optional={
             "seed": st.integers(0, 2**32 - 1),
-            "output_dir": st.text(min_size=1, max_size=20),
+            "output_dir": st.text(min_size=1, max_size=20).filter(str.strip),  # blank ones are refused
             "dataset_name": st.lists(st.text(max_size=8), min_size=1, max_size=3),
             "load_in_4bit": st.booleans(),
             "ppo": st.fixed_dictionaries(
