@@ -7,7 +7,6 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, progress, samples_table
 from lora_rlhf.tracking import check_tracker
 
+INSTRUCT_SETTING = "instruct_model_name_or_path"
 PAIRS = "pairs.json"
 """Digests of the preference pairs with which a run began."""
 
@@ -78,10 +78,8 @@ class Session:
         model_config(config)
         check_merge_target(config)
         if instruct := config.instruct_model_name_or_path:
-            if (Path(instruct) / "adapter_config.json").is_file():
-                raise UserError(f"instruct_model_name_or_path: {instruct} is an adapter; a whole model is wanted")
-            load_tokenizer(config, instruct)
-            model_config(config, instruct)
+            model_config(config, instruct, INSTRUCT_SETTING)
+            load_tokenizer(config, instruct, INSTRUCT_SETTING)
         if processes.is_main:
             check_tracker(config.report_to)
         processes.meet()
@@ -376,7 +374,8 @@ def _arms(session: Session, pairs: list[PreferencePair]) -> dict[str, ArmAnswers
 
     def by_instruct_model() -> ArmAnswers:
         name = config.instruct_model_name_or_path
-        model, own = load_causal_lm(config, name), load_tokenizer(config, name)
+        own = load_tokenizer(config, name, INSTRUCT_SETTING)
+        model = load_causal_lm(config, name, INSTRUCT_SETTING)
         return model_arm_answers(base, tokenizer, model, own, pairs, reward, config, config.seed, session.processes)
 
     makers = {"base": by_role(REFERENCE), "instruct": by_instruct_model, "plus": by_role(POLICY)}

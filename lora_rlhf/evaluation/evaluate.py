@@ -159,7 +159,8 @@ def _judge(settings: EvaluationSettings, config: RunConfig, folder: Path) -> Jud
         assert settings.judge_model is not None
         return HttpJudge(settings.judge_base_url, settings.judge_model, replies, api_key_from_environment())
     if settings.judge_model:
-        model, tokenizer = load_causal_lm(config, settings.judge_model), load_tokenizer(config, settings.judge_model)
+        tokenizer = load_tokenizer(config, settings.judge_model, "--judge_model")
+        model = load_causal_lm(config, settings.judge_model, "--judge_model")
         judge = LocalJudge(model, tokenizer, replies)
         judge.name = settings.judge_model  # as it was given, not the folder that it was found in
         return judge

@@ -261,11 +261,8 @@ def score_scales(run: Path) -> dict[str, ScoreScale]:
 def _classifier(config: RunConfig, path: str, name: str, weight: float, where: str) -> ClassifierReward:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    try:
-        source = resolved_model(path)
-    except UserError as error:
-        raise UserError(f"{where}: {str(error).removeprefix('model_name_or_path: ')}") from None
-    with explained(source, config), quiet_transformers():
+    source = resolved_model(path, where)
+    with explained(source, config, where), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=getattr(torch, config.dtype), device_map={"": device()}, trust_remote_code=False,

@@ -27,6 +27,9 @@ from lora_rlhf.base.role_layers import dequantized_weight
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
+from lora_rlhf.evaluation.context import EvaluationSettings
+from lora_rlhf.evaluation.evaluate import _judge
+from lora_rlhf.evaluation.loaded_arms import named_arms
 from lora_rlhf.stages import Session
 
 MakeConfig = Callable[..., RunConfig]
@@ -190,9 +193,28 @@ def test_what_cannot_be_a_base_is_refused_in_words_before_any_work(
 
 def test_the_model_of_the_instruct_arm_is_looked_at_too(make_config: MakeConfig, nf4: Path, tmp_path: Path) -> None:
     other = rewritten(nf4, tmp_path / "copy", quant_method="awq")
-    with pytest.raises(UserError, match="is quantised by awq"):
+    with pytest.raises(UserError, match="^instruct_model_name_or_path: .* is quantised by awq"):
         Session.open(make_config(instruct_model_name_or_path=str(other)))
+    with pytest.raises(UserError, match="^instruct_model_name_or_path: .* 4-bit weights .*load_in_4bit is false: name"):
+        Session.open(make_config(instruct_model_name_or_path=str(nf4), load_in_4bit=False))
     load_causal_lm(make_config(), str(nf4))
+
+
+def test_the_models_of_an_evaluation_are_named_by_their_options(
+    make_config: MakeConfig, nf4: Path, tmp_path: Path
+) -> None:
+    other, config = rewritten(nf4, tmp_path / "copy", quant_method="awq"), make_config()
+    with pytest.raises(UserError, match="^--judge_model: .* is quantised by awq"):
+        _judge(EvaluationSettings(tmp_path, judge_model=str(other)), config, tmp_path)
+    with pytest.raises(UserError, match="^--judge_model: no folder /nowhere/at/all"):
+        _judge(EvaluationSettings(tmp_path, judge_model="/nowhere/at/all"), config, tmp_path)
+    base = config.model_name_or_path
+    with pytest.raises(UserError, match="^--models: instruct: .* is quantised by awq"):
+        named_arms(config, {"base": base, "instruct": str(other)})
+    with pytest.raises(UserError, match="^instruct_model_name_or_path: .* is quantised by awq"):
+        named_arms(replace(config, instruct_model_name_or_path=str(other)), {"base": base, "instruct": str(other)})
+    with pytest.raises(UserError, match="^--models: base: .* is quantised by awq"):
+        named_arms(config, {"base": str(other)})
 
 
 @pytest.mark.parametrize("held", [[], "nf4", 4])
