@@ -230,18 +230,22 @@ def _load_with_unsloth(source: str, revision: str | None, config: RunConfig) -> 
     return model
 
 
+def check_float16_range(model: Any, source: str) -> None:
+    """Raise `UserError` where a float16 weight of `model` is infinite: it was too large in `source`."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float16 and not bool(torch.isfinite(parameter).all()):
+            raise UserError(
+                f"dtype: {name} of {source} holds numbers beyond float16's 65504; set dtype: float32, or use a "
+                "card that has bfloat16"
+            )
+
+
 def _checked(model: Any, config: RunConfig, source: str) -> Any:
     """Return `model` after making sure that it is truly in 4 bits, and that it stays differentiable on the CPU.
 
     In float16 also that no number of it was too large.
     """
-    if config.dtype == "float16":
-        for name, parameter in model.named_parameters():
-            if parameter.dtype == torch.float16 and not bool(torch.isfinite(parameter).all()):
-                raise UserError(
-                    f"dtype: {name} of {source} holds numbers beyond float16's 65504; set dtype: float32, or use a "
-                    "card that has bfloat16"
-                )
+    check_float16_range(model, source)
     if not config.load_in_4bit:
         return model
     import bitsandbytes

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from lora_rlhf.base.devices import device
-from lora_rlhf.base.loading import explained, quiet_transformers, resolved_model
+from lora_rlhf.base.loading import check_float16_range, explained, quiet_transformers, resolved_model
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import Message
@@ -268,6 +268,7 @@ def _classifier(config: RunConfig, path: str, name: str, weight: float, where: s
             source, dtype=getattr(torch, config.dtype), device_map={"": device()}, trust_remote_code=False,
             use_safetensors=True,
         ).eval()  # fmt: skip
+    check_float16_range(model, source)
     if model.config.num_labels != 1:
         raise UserError(f"{path} has {model.config.num_labels} outputs; a reward model has one")
     if tokenizer.pad_token is None:
