@@ -16,6 +16,7 @@ from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer, model_config
 from lora_rlhf.base.original_weights import NoOriginalWeights, check_merge_target
+from lora_rlhf.base.prequantized import stored_precision
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
@@ -179,8 +180,10 @@ def base_stage(session: Session) -> None:
             _mergeable(session, session.shared_base())
         model = session.shared_base().causal_lm
         size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
-        bits = "NF4, double quantisation" if session.config.load_in_4bit else session.config.dtype
-        note(f"  {type(model).__name__}, {bits}: {size / 2**20:,.1f} MiB of weights on {session.shared_base().device}")
+        stored = stored_precision(model)
+        note(
+            f"  {type(model).__name__}, {stored}: {size / 2**20:,.1f} MiB of weights on {session.shared_base().device}"
+        )
 
 
 def reward_stage(session: Session) -> None:

@@ -79,3 +79,12 @@ def compute_in(layer: Any, dtype: torch.dtype) -> None:
     """Let a 4-bit layer of bitsandbytes dequantise and multiply in `dtype`, whatever it was quantised from."""
     layer.compute_dtype = dtype
     layer.weight.quant_state.dtype = dtype
+
+
+def stored_precision(model: Any) -> str:
+    """Return for people how a loaded model holds its weights: the kind of 4-bit numbers, or the dtype of whole ones."""
+    states = (getattr(getattr(layer, "weight", None), "quant_state", None) for layer in model.modules())
+    state = next((state for state in states if state is not None), None)
+    if state is None:
+        return str(model.dtype).removeprefix("torch.")
+    return f"{state.quant_type.upper()}, {'double' if state.nested else 'single'} quantisation"

@@ -22,7 +22,7 @@ from lora_rlhf import memory
 from lora_rlhf.base.adapters import base_identity
 from lora_rlhf.base.embedded import build_tiny_model
 from lora_rlhf.base.loading import explained, load_causal_lm, load_reward_model, model_config
-from lora_rlhf.base.prequantized import UNGATED_COPIES
+from lora_rlhf.base.prequantized import UNGATED_COPIES, stored_precision
 from lora_rlhf.base.role_layers import dequantized_weight
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.config import RunConfig
@@ -30,7 +30,7 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.context import EvaluationSettings
 from lora_rlhf.evaluation.evaluate import _judge
 from lora_rlhf.evaluation.loaded_arms import named_arms
-from lora_rlhf.stages import Session
+from lora_rlhf.stages import Session, base_stage
 
 MakeConfig = Callable[..., RunConfig]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -106,24 +106,39 @@ def test_its_weights_are_those_of_the_file_and_compute_in_the_dtype_of_the_run(
 
 
 @pytest.mark.parametrize(
-    ("fields", "kind", "nested"),
+    ("fields", "kind", "nested", "words"),
     [
-        ({}, "nf4", True),
-        ({"bnb_4bit_use_double_quant": False}, "nf4", False),
-        ({"bnb_4bit_quant_type": "fp4"}, "fp4", True),
+        ({}, "nf4", True, "NF4, double quantisation"),
+        ({"bnb_4bit_use_double_quant": False}, "nf4", False, "NF4, single quantisation"),
+        ({"bnb_4bit_quant_type": "fp4"}, "fp4", True, "FP4, double quantisation"),
     ],
     ids=["NF4", "NF4, quantised once", "FP4"],
 )
 def test_every_kind_of_four_bits_gives_the_products_of_its_dequantised_weights(
-    make_config: MakeConfig, checkpoint: Callable[..., Path], fields: dict[str, Any], kind: str, nested: bool
+    make_config: MakeConfig,
+    checkpoint: Callable[..., Path],
+    fields: dict[str, Any],
+    kind: str,
+    nested: bool,
+    words: str,
 ) -> None:
     model = load_causal_lm(make_config(model_name_or_path=str(checkpoint(**fields))))
+    assert stored_precision(model) == words
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     for layer in quantised(model).values():
         state = layer.weight.quant_state
         assert (state.quant_type, state.nested) == (kind, nested)
         if layer.in_features == 64:
             torch.testing.assert_close(layer(x), x @ dequantized_weight(layer).T, atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_stage_says_what_was_loaded(
+    make_config: MakeConfig, checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(model_name_or_path=str(checkpoint(bnb_4bit_quant_type="fp4")))
+    base_stage(Session.open(config))
+    assert "MistralForCausalLM, FP4, double quantisation: " in capsys.readouterr().out
+    assert stored_precision(load_causal_lm(make_config(load_in_4bit=False, dtype="bfloat16"))) == "bfloat16"
 
 
 def test_layers_that_a_checkpoint_left_whole_stay_whole_and_are_adapted(
