@@ -36,6 +36,7 @@ from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.ppo_steps import checkpoint_to_resume, taken_steps, without_skipped
 from lora_rlhf.processes import Processes
+from lora_rlhf.reward.own_reward import trains_own_reward
 from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward, source_entries
 from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
@@ -190,7 +191,7 @@ def reward_stage(session: Session) -> None:
     """Train the LoRA reward adapter and measure its accuracy on held-out pairs; all processes share both."""
     heading("reward", "a LoRA reward adapter on preference pairs")
     config, run = session.config, session.run
-    if not _uses_own_reward(config):
+    if not trains_own_reward(config.ppo.reward_sources):
         note("  ppo.reward_sources names other rewards: no adapter is trained")
         return
     if not session.begins("reward"):
@@ -220,10 +221,6 @@ def _reported(run: RunDirectory, stage: str, name: str) -> Any:
         raise UserError(f"{run / 'summary.json'} is damaged; delete it to run the stages again") from None
 
 
-def _uses_own_reward(config: RunConfig) -> bool:
-    return not config.ppo.reward_sources or any(entry.path is None for entry in source_entries(config))
-
-
 def instruct_stage(session: Session) -> None:
     """Train the SFT arm, where the config names no instruct model; all processes share it."""
     config, run = session.config, session.run
@@ -246,7 +243,8 @@ def ppo_stage(session: Session) -> None:
     """Train the policy adapter by PPO against the reward; the reference is the same base with adapters off."""
     heading("ppo", "the policy adapter, against the reward; reference: the base with adapters off")
     config, run = session.config, session.run
-    needed = {"reward_adapter/adapter_model.safetensors": "reward"} if _uses_own_reward(config) else {}
+    own_reward = trains_own_reward(config.ppo.reward_sources)
+    needed = {"reward_adapter/adapter_model.safetensors": "reward"} if own_reward else {}
     if not session.begins("ppo", needed):
         if run.writes:
             note(f"  done before: {_reported(run, 'ppo', 'steps')} steps")

@@ -166,7 +166,7 @@ class CombinedReward:
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """One entry of `ppo.reward_sources`, checked; `path` is none for the run's own reward adapter."""
+    """One entry of `ppo.reward_sources`, checked; `path` is None for the run's own reward adapter."""
 
     kind: str
     path: str | None
@@ -186,7 +186,7 @@ def source_entries(config: RunConfig) -> list[SourceEntry]:
         where = f"ppo.reward_sources[{i}]"
         if given.keys() - {"kind", "path", "weight", "name"} or "kind" not in given:
             raise UserError(f"{where}: fields are kind, path, weight and name, not {', '.join(sorted(given))}")
-        kind, path = given["kind"], given.get("path")
+        kind, path = given["kind"], given.get("path") or None
         if kind not in ("adapter", "model", "function"):
             raise UserError(f"{where}: kind is adapter, model or function, not {kind!r}")
         if path is None and kind != "adapter":

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.errors import UserError
+from lora_rlhf.reward.own_reward import trains_own_reward
 from lora_rlhf.roofline.cards import Card
 from lora_rlhf.roofline.phases import Phase, ppo_phases, supervised_phases
 
@@ -67,7 +68,7 @@ def stage_times(config: RunConfig, card: Card, pairs: int | None = None) -> list
     """
     pairs = training_pairs(config) if pairs is None else pairs
     times = []
-    trained = [("reward", config.reward)] if _trains_reward(config) else []
+    trained = [("reward", config.reward)] if trains_own_reward(config.ppo.reward_sources) else []
     trained += [("instruct", config.sft)] if config.instruct_model_name_or_path is None else []  # type: ignore[list-item]
     for stage, settings in trained:
         together = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
@@ -86,11 +87,6 @@ def stage_times(config: RunConfig, card: Card, pairs: int | None = None) -> list
     times.append(_stage_time("ppo", s.total_steps, step, card))
     times.append(_stage_time("compare", 3 * -(-config.compare.num_prompts // s.batch_size), rollout, card))
     return times
-
-
-def _trains_reward(config: RunConfig) -> bool:
-    sources = config.ppo.reward_sources
-    return not sources or any(not source.get("path") for source in sources)
 
 
 def _stage_time(stage: str, steps: int, phases: Sequence[Phase], card: Card) -> StageTime:
