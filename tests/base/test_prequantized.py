@@ -30,6 +30,7 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.context import EvaluationSettings
 from lora_rlhf.evaluation.evaluate import _judge
 from lora_rlhf.evaluation.loaded_arms import named_arms
+from lora_rlhf.run import STAGES, run_summary
 from lora_rlhf.stages import Session, base_stage
 
 MakeConfig = Callable[..., RunConfig]
@@ -172,9 +173,14 @@ def test_the_planner_reads_the_shape_of_the_whole_model(make_config: MakeConfig,
 @pytest.mark.slow
 def test_a_whole_run_on_such_a_checkpoint(recipe: Callable[..., Any], nf4: Path, tmp_path: Path) -> None:
     options = [*TINY, "--model_name_or_path", str(nf4), "--output_dir", str(tmp_path / "run")]
-    for stage in ("reward_lora.py", "sft_lora.py", "ppo_lora.py"):
-        status, printed = recipe(stage, *options)
-        assert status == 0, printed
+    status, printed = recipe("direct_rlhf_lora.py", *options)
+    assert status == 0, printed
+    assert "not measured" in printed and "in quantised form alone" in " ".join(printed.split())
+    summary = run_summary(tmp_path / "run")
+    assert summary["seconds"].keys() == set(STAGES) and summary["arms"].keys() == {"base", "instruct", "plus"}
+    assert summary["merge"]["drift"].keys() == {"dequantized"} and summary["merge"]["drift"]["dequantized"] < 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    assert not quantised(merged) and merged.dtype == torch.float32  # the dtype of the run
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3 and all(step["first_ratio_deviation"] < 1e-4 for step in steps)
 
