@@ -17,7 +17,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lora_rlhf.errors import UserError, first_line
-from lora_rlhf.memory_peak import ran_out
 
 MANIFEST = "manifest.json"
 BYTES_OF_A_NUMBER = 12
@@ -140,6 +139,8 @@ def readable(file: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        from lora_rlhf.memory_peak import ran_out  # torch, which pushing and watching do without
+
         if ran_out(error):  # nothing is wrong with the file
             raise
         raise UserError(
