@@ -139,7 +139,7 @@ def readable(file: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        from lora_rlhf.memory_peak import ran_out  # late: it imports torch, which --help can do without
+        from lora_rlhf.memory_peak import ran_out  # late: it imports torch, which pushing and watching do without
 
         if ran_out(error):  # nothing is wrong with the file
             raise

@@ -19,6 +19,7 @@ from lora_rlhf.base.shard_files import SHARD_BYTES
 from lora_rlhf.base.token_logprobs import rows_per_chunk
 from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
 from lora_rlhf.processes import BUCKET_BYTES, launched
+from lora_rlhf.reward.own_reward import trains_own_reward
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, an 8-bit scale for 64 of them, and a float32 one for 256 scales (double quantisation)."""
@@ -164,7 +165,7 @@ class Planner:
         """Return the peaks, in the order of the stages; of those that the run has."""
         c = self.config
         plans: list[StagePlan] = []
-        if not c.ppo.reward_sources or any(not entry.get("path") for entry in c.ppo.reward_sources):
+        if trains_own_reward(c.ppo.reward_sources):
             plans.append(self._supervised("reward", c.reward, 2, 0))
         if c.instruct_model_name_or_path is None:
             plans.append(self._supervised("instruct", c.sft, 1, self.shape.vocabulary))

@@ -7,7 +7,6 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer, model_config
 from lora_rlhf.base.original_weights import NoOriginalWeights, check_merge_target
+from lora_rlhf.base.prequantized import stored_precision
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
@@ -36,12 +36,14 @@ from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.ppo_steps import checkpoint_to_resume, taken_steps, without_skipped
 from lora_rlhf.processes import Processes
+from lora_rlhf.reward.own_reward import trains_own_reward
 from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward, source_entries
 from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, progress, samples_table
 from lora_rlhf.tracking import check_tracker
 
+INSTRUCT_SETTING = "instruct_model_name_or_path"
 PAIRS = "pairs.json"
 """Digests of the preference pairs with which a run began."""
 
@@ -78,10 +80,8 @@ class Session:
         model_config(config)
         check_merge_target(config)
         if instruct := config.instruct_model_name_or_path:
-            if (Path(instruct) / "adapter_config.json").is_file():
-                raise UserError(f"instruct_model_name_or_path: {instruct} is an adapter; a whole model is wanted")
-            load_tokenizer(config, instruct)
-            model_config(config, instruct)
+            model_config(config, instruct, INSTRUCT_SETTING)
+            load_tokenizer(config, instruct, INSTRUCT_SETTING)
         if processes.is_main:
             check_tracker(config.report_to)
         processes.meet()
@@ -181,15 +181,17 @@ def base_stage(session: Session) -> None:
             _mergeable(session, session.shared_base())
         model = session.shared_base().causal_lm
         size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
-        bits = "NF4, double quantisation" if session.config.load_in_4bit else session.config.dtype
-        note(f"  {type(model).__name__}, {bits}: {size / 2**20:,.1f} MiB of weights on {session.shared_base().device}")
+        stored = stored_precision(model)
+        note(
+            f"  {type(model).__name__}, {stored}: {size / 2**20:,.1f} MiB of weights on {session.shared_base().device}"
+        )
 
 
 def reward_stage(session: Session) -> None:
     """Train the LoRA reward adapter and measure its accuracy on held-out pairs; all processes share both."""
     heading("reward", "a LoRA reward adapter on preference pairs")
     config, run = session.config, session.run
-    if not _uses_own_reward(config):
+    if not trains_own_reward(config.ppo.reward_sources):
         note("  ppo.reward_sources names other rewards: no adapter is trained")
         return
     if not session.begins("reward"):
@@ -219,10 +221,6 @@ def _reported(run: RunDirectory, stage: str, name: str) -> Any:
         raise UserError(f"{run / 'summary.json'} is damaged; delete it to run the stages again") from None
 
 
-def _uses_own_reward(config: RunConfig) -> bool:
-    return not config.ppo.reward_sources or any(entry.path is None for entry in source_entries(config))
-
-
 def instruct_stage(session: Session) -> None:
     """Train the SFT arm, where the config names no instruct model; all processes share it."""
     config, run = session.config, session.run
@@ -245,7 +243,8 @@ def ppo_stage(session: Session) -> None:
     """Train the policy adapter by PPO against the reward; the reference is the same base with adapters off."""
     heading("ppo", "the policy adapter, against the reward; reference: the base with adapters off")
     config, run = session.config, session.run
-    needed = {"reward_adapter/adapter_model.safetensors": "reward"} if _uses_own_reward(config) else {}
+    own_reward = trains_own_reward(config.ppo.reward_sources)
+    needed = {"reward_adapter/adapter_model.safetensors": "reward"} if own_reward else {}
     if not session.begins("ppo", needed):
         if run.writes:
             note(f"  done before: {_reported(run, 'ppo', 'steps')} steps")
@@ -376,7 +375,8 @@ def _arms(session: Session, pairs: list[PreferencePair]) -> dict[str, ArmAnswers
 
     def by_instruct_model() -> ArmAnswers:
         name = config.instruct_model_name_or_path
-        model, own = load_causal_lm(config, name), load_tokenizer(config, name)
+        own = load_tokenizer(config, name, INSTRUCT_SETTING)
+        model = load_causal_lm(config, name, INSTRUCT_SETTING)
         return model_arm_answers(base, tokenizer, model, own, pairs, reward, config, config.seed, session.processes)
 
     makers = {"base": by_role(REFERENCE), "instruct": by_instruct_model, "plus": by_role(POLICY)}

@@ -126,7 +126,7 @@ def trl_run(trainer: Any, name: str, config: RunConfig, processes: Processes) ->
     with held, interruption() as asked, progress(f"{name}: optimizer steps", 0) as report:
         trainer.add_callback(_Bar(report, name))
         trainer.add_callback(_SavingWhenDue(asked, config.save_minutes, processes))
-        trainer.add_callback(_Guarding(trainer, name, config, processes.is_main))
+        trainer.add_callback(_Guarding(trainer, name, config, processes))
         trainer.train(resume_from_checkpoint=None if found is None else str(found[1]))
         step = trainer.state.global_step
         if processes.any(bool(asked.asked)):  # once the checkpoint is written: a launcher ends all where one has ended
@@ -238,38 +238,57 @@ class _SavingWhenDue(TrainerCallback):
 
 
 class _Guarding(TrainerCallback):
-    """Leaves out a step whose gradient is NaN or infinite, and writes down what is needed to take it again."""
+    """Leaves out a step whose loss or gradient is NaN or infinite, and writes down what is needed to take it again.
 
-    def __init__(self, trainer: Any, name: str, config: RunConfig, writes: bool) -> None:
-        self.trainer, self.name, self.seed, self.writes = trainer, name, config.seed, writes
+    In float16 a gradient alone may also be too large for the loss scale, which is halved then: no fault.
+    """
+
+    def __init__(self, trainer: Any, name: str, config: RunConfig, processes: Processes) -> None:
+        self.trainer, self.name, self.seed, self.processes = trainer, name, config.seed, processes
         self.section = SECTIONS[name]
         self.most: int | None = getattr(config, self.section).max_skipped_steps
         self.skipped = 0
         self.batches: list[dict[str, Any]] = []
+        self.loss_is_finite = True
+        self.overflow_noted = False
+        self.kept_scale: float | None = None
         self.plain = trainer.training_step
         trainer.training_step = self._training_step
 
     def _training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
         self.batches.append(inputs)
-        return self.plain(model, inputs, *rest)
+        loss = self.plain(model, inputs, *rest)
+        self.loss_is_finite &= bool(torch.isfinite(loss).all())
+        return loss
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.batches = []
+        self.batches, self.loss_is_finite, self.kept_scale = [], True, None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         learned = [p for p in self.trainer.model.parameters() if p.grad is not None]
-        if bool(torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in learned]))):
+        finite = bool(torch.isfinite(torch.nn.utils.get_total_norm([p.grad for p in learned])))
+        # each process knows the loss of its own examples alone; the gradients are those of all
+        loss_is_finite = not self.processes.any(not self.loss_is_finite)
+        if finite and loss_is_finite:
             self.skipped = 0
             return
         for parameter in learned:
             parameter.grad = None  # what has none is not stepped
-        scaler = self.trainer.accelerator.scaler
-        if scaler is not None and scaler.get_scale() > 1:  # float16: an overflow halves the scale, and is no fault
+        scaler, step = self.trainer.accelerator.scaler, state.global_step + 1
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        if loss_is_finite and scale > 1:
+            if not self.overflow_noted:
+                note(
+                    f"  step {step}: a gradient overflowed float16 at the loss scale {scale:g}, which is halved; the "
+                    "step changes nothing. That is no fault, and is not said again"
+                )
+            self.overflow_noted = True
             return
         self.skipped += 1
-        step, folder = state.global_step + 1, Path(args.output_dir).parents[1] / "skipped"
-        reason = "gradient is NaN or infinite"
-        if self.writes:
+        self.kept_scale = None if scaler is None else scale
+        folder = Path(args.output_dir).parents[1] / "skipped"
+        reason = f"{'gradient' if loss_is_finite else 'loss'} is NaN or infinite"
+        if self.processes.is_main:
             held = [{name: value.tolist() for name, value in batch.items()} for batch in self.batches]
             record = {"stage": self.name, "step": step, "reason": reason, "seed": self.seed, "batches": held}
             folder.mkdir(exist_ok=True)
@@ -280,6 +299,10 @@ class _Guarding(TrainerCallback):
                 f"{self.name} step {step}: {reason}, and so it was in the {self.skipped - 1} steps before: a smaller "
                 f"{self.section}.learning_rate or dtype: float32 may help. The batches are in {folder}"
             )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.kept_scale is not None:  # it is not to blame, but the scaler halves it for every NaN
+            self.trainer.accelerator.scaler.update(self.kept_scale)
 
 
 class _Bar(TrainerCallback):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lora_rlhf.config_file import BadYaml, plain_yaml
 from lora_rlhf.errors import UserError
+from lora_rlhf.reward.own_reward import trains_own_reward
 from lora_rlhf.run import LOCK, STAGES, run_summary
 from lora_rlhf.warning_signs import SIGNALS, hacking_signs
 
@@ -208,8 +209,8 @@ def _is_needed(stage: str, config: Mapping[str, Any]) -> bool:
     if stage == "instruct":
         return not config.get("instruct_model_name_or_path")
     sources = _section(config, "ppo").get("reward_sources")
-    if stage == "reward" and isinstance(sources, list) and sources:
-        return any(isinstance(source, dict) and source.get("path") is None for source in sources)
+    if stage == "reward" and isinstance(sources, list):
+        return trains_own_reward([source for source in sources if isinstance(source, dict)])
     return True
 
 

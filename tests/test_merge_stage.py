@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,17 @@ def unmerged(run_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def four_bits(cache: Path, tmp_path: Path, make_config: Callable[..., Any]) -> Path:
+    """The tiny model as it is published in 4 bits."""
+    from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+
+    config = make_config()
+    load_causal_lm(config).save_pretrained(tmp_path / "4 bits")
+    load_tokenizer(config).save_pretrained(tmp_path / "4 bits")
+    return tmp_path / "4 bits"
+
+
 def merge(recipe: Recipe, folder: Path, *options: str) -> tuple[int, str]:
     return recipe("merge_lora.py", *TINY, "--output_dir", str(folder), *options)
 
@@ -53,19 +65,24 @@ def test_both_drifts_are_measured_and_one_model_is_kept(
 
 
 def test_a_base_without_original_weights_is_merged_into_the_dequantized_ones_alone(
-    recipe: Recipe, unmerged: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, unmerged: Path, run_folder: Path, four_bits: Path
 ) -> None:
-    def none(*_: Any) -> None:
-        raise NoOriginalWeights("somewhere holds them in quantised form alone")
-
-    monkeypatch.setattr("lora_rlhf.stages.original_weights", none)
-    refused = merge(recipe, unmerged, "--merge.target", "original")
-    assert_one_line_of_error(*refused, "merge.target: somewhere holds", "set merge.target: dequantized")
-    status, printed = merge(recipe, unmerged)
-    assert status == 0 and "not measured: somewhere holds" in printed, printed
+    """The run goes on with its base as it is published in 4 bits, which holds the very same weights."""
+    config = (unmerged / "config.yaml").read_text()
+    (unmerged / "config.yaml").write_text(config.replace("path: tiny", f"path: {four_bits}", 1))
+    options = ["--model_name_or_path", str(four_bits)]
+    refused = merge(recipe, unmerged, *options, "--merge.target", "original")
+    assert_one_line_of_error(*refused, "merge.target:", "quantised as it is published", "merge.target: dequantized")
+    status, printed = merge(recipe, unmerged, *options)
+    assert status == 0, printed
+    assert re.search(r"not measured: .*4 bits holds \S+ in quantised form alone \(U8", " ".join(printed.split())), (
+        printed
+    )
     drift = run_summary(run_folder)["merge"]["drift"]["dequantized"]
     assert run_summary(unmerged)["merge"] == {"target": "dequantized", "drift": {"dequantized": drift}}
-    assert (unmerged / "merged/model.safetensors").is_file()
+    ours, whole = (folder / "merged/model.safetensors" for folder in (unmerged, run_folder))
+    assert ours.read_bytes() == whole.read_bytes()
+    assert "quantization_config" not in json.loads((unmerged / "merged/config.json").read_text())
 
 
 def test_files_that_hold_no_original_weights_are_found_out_in_the_first_stage(
@@ -82,14 +99,9 @@ def test_files_that_hold_no_original_weights_are_found_out_in_the_first_stage(
 
 
 def test_a_target_that_the_published_base_cannot_have_is_refused_before_any_work(
-    recipe: Recipe, cache: Path, tmp_path: Path, make_config: Callable[..., Any]
+    recipe: Recipe, four_bits: Path, tmp_path: Path
 ) -> None:
-    from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
-
-    config = make_config()
-    load_causal_lm(config).save_pretrained(tmp_path / "four bits")
-    load_tokenizer(config).save_pretrained(tmp_path / "four bits")
-    options = ["--model_name_or_path", str(tmp_path / "four bits"), "--merge.target", "original"]
+    options = ["--model_name_or_path", str(four_bits), "--merge.target", "original"]
     refused = recipe("direct_rlhf_lora.py", *TINY, *options, "--output_dir", str(tmp_path / "run"))
     assert_one_line_of_error(*refused, "merge.target:", "quantised as it is published", "merge.target: dequantized")
     assert not (tmp_path / "run").exists()

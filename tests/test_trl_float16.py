@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+import trl
 from recipe_runs import TINY, assert_one_line_of_error
 from safetensors.torch import load_file
 
@@ -19,12 +23,12 @@ STAGES = {"reward_lora.py": "reward_adapter", "sft_lora.py": "instruct_adapter"}
 STEPS = ["--reward.max_steps", "10", "--sft.max_steps", "10", "--save_steps", "0"]
 
 
-def trained(recipe: Recipe, stage: str, dtype: str, folder: Path) -> torch.Tensor:
-    """All B of the adapter that a stage trains; they begin at 0."""
+def trained(recipe: Recipe, stage: str, dtype: str, folder: Path) -> tuple[torch.Tensor, str]:
+    """All B of the adapter that a stage trains, which begin at 0, and what the stage printed."""
     status, printed = recipe(stage, *TINY, *STEPS, "--dtype", dtype, "--output_dir", str(folder))
     assert status == 0 and "is skipped" not in printed, printed
     adapter = load_file(folder / STAGES[stage] / "adapter_model.safetensors")
-    return torch.cat([tensor.flatten() for name, tensor in sorted(adapter.items()) if "lora_B" in name])
+    return torch.cat([tensor.flatten() for name, tensor in sorted(adapter.items()) if "lora_B" in name]), printed
 
 
 def scales_of_steps(monkeypatch: pytest.MonkeyPatch, first: float) -> list[float]:
@@ -46,9 +50,9 @@ def scales_of_steps(monkeypatch: pytest.MonkeyPatch, first: float) -> list[float
 def test_what_is_learnt_in_float16_is_nearer_to_float32_than_in_bfloat16(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    exact, coarse = (trained(recipe, stage, dtype, tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    exact, coarse = (trained(recipe, stage, dtype, tmp_path / dtype)[0] for dtype in ("float32", "bfloat16"))
     scales = scales_of_steps(monkeypatch, 2.0**10)
-    fine = trained(recipe, stage, "float16", tmp_path / "float16")
+    fine, _ = trained(recipe, stage, "float16", tmp_path / "float16")
     assert scales == [2.0**10] * 10
     assert (fine - exact).norm() < (coarse - exact).norm()
     assert torch.nn.functional.cosine_similarity(fine, exact, dim=0) > 0.98
@@ -59,7 +63,10 @@ def test_overflows_in_a_row_are_not_counted_as_faults(
 ) -> None:
     """More of them than `max_skipped_steps` allows; each halves the scale."""
     scales = scales_of_steps(monkeypatch, 2.0**25)
-    assert trained(recipe, "sft_lora.py", "float16", tmp_path).any()
+    learnt, printed = trained(recipe, "sft_lora.py", "float16", tmp_path)
+    assert learnt.any()
+    assert printed.count("a gradient overflowed float16 at the loss scale 3.35544e+07, which is halved") == 1
+    assert not (tmp_path / "skipped").exists()
     assert scales[:5] == [2.0**25, 2.0**24, 2.0**23, 2.0**22, 2.0**21]
     assert len(scales) == 10 and scales[-1] == scales[-2]
 
@@ -80,4 +87,26 @@ def test_what_is_not_finite_at_scale_1_either_is_counted(
     assert_one_line_of_error(
         *found, "instruct step 6: gradient is NaN or infinite, and so it was in the 3 steps before"
     )
-    assert scales[:3] == [4.0, 2.0, 1.0]
+    assert scales == [4.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("stage", "name"), [("reward_lora.py", "reward"), ("sft_lora.py", "instruct")])
+def test_a_loss_that_is_not_finite_is_a_fault_at_any_scale_and_keeps_the_scale(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, name: str
+) -> None:
+    """A smaller loss scale would help nothing; the step is skipped and written down, as in other dtypes."""
+    scales = scales_of_steps(monkeypatch, 4.0)
+    trainer, calls = (trl.RewardTrainer if name == "reward" else transformers.Trainer), itertools.count(1)
+    plain = trainer.compute_loss
+
+    def broken(*args: Any, **options: Any) -> Any:
+        loss = plain(*args, **options)
+        return loss * float("nan") if next(calls) == 3 else loss
+
+    monkeypatch.setattr(trainer, "compute_loss", broken)
+    status, printed = recipe(stage, *TINY, *STEPS, "--dtype", "float16", "--output_dir", str(tmp_path))
+    assert status == 0, printed
+    assert printed.count("is skipped") == printed.count("step 3 is skipped: loss is NaN or infinite") == 1
+    assert "overflowed" not in printed and scales == [4.0] * 10
+    record = json.loads((tmp_path / "skipped" / f"{name}_000003.json").read_text())
+    assert record["stage"] == name and record["batches"]

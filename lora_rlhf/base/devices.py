@@ -31,14 +31,17 @@ def check_device(config: RunConfig) -> None:
     if config.dtype == "bfloat16" and (card := _card_without_bfloat16()):
         raise UserError(
             f"dtype: {card}: every product would be emulated, at many times the time. Set dtype: float16, which such "
-            "cards are fast in"
+            "cards are fast in. A run that has finished a stage keeps its dtype: begin a new one in another "
+            "output_dir, or go on with it on another card (the demo and recipes/evaluate.py take a finished run as it "
+            "is)"
         )
 
 
 def with_fast_dtype(config: RunConfig) -> RunConfig:
     """Return `config` with float16 in place of bfloat16 where the card only emulates that, and say so.
 
-    It is for models that answer and no longer learn: those of a run that was trained on another card.
+    It is for what is done with a finished run, maybe trained on another card: its models answer, and an evaluation
+    trains referees of its own. The stages of a run keep the dtype that it began with: its figures belong together.
     """
     if config.dtype == "bfloat16" and (card := _card_without_bfloat16()):
         note(f"dtype: float16 in place of bfloat16: {card}")

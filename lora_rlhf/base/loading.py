@@ -18,7 +18,14 @@ from safetensors import SafetensorError
 from lora_rlhf.base.backend_check import reads_causally
 from lora_rlhf.base.devices import check_device, device
 from lora_rlhf.base.embedded import embedded_model_folder, tiny_model_folder
-from lora_rlhf.base.prequantized import NEVER_QUANTIZED, UNGATED_COPIES, checked_quantization, compute_in, is_quantized
+from lora_rlhf.base.prequantized import (
+    BASE_SETTING,
+    NEVER_QUANTIZED,
+    UNGATED_COPIES,
+    checked_quantization,
+    compute_in,
+    is_quantized,
+)
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
 from lora_rlhf.data.chat import set_chat_template
 from lora_rlhf.errors import UserError
@@ -27,14 +34,18 @@ from lora_rlhf.memory_peak import ran_out, return_freed_memory
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
-def resolved_model(name: str) -> str:
-    """Return what `from_pretrained` is given for a model name: the folder of `embedded` and `tiny`, else the name."""
+def resolved_model(name: str, setting: str = BASE_SETTING) -> str:
+    """Return what `from_pretrained` is given for a model name: the folder of `embedded` and `tiny`, else the name.
+
+    Raises:
+        UserError: it is a folder that is not there (`setting` is said to name it), or asks for code from the Hub.
+    """
     if name == EMBEDDED:
         return str(embedded_model_folder())
     if name == TINY:
         return str(tiny_model_folder())
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
-        raise UserError(f"model_name_or_path: no folder {name}")
+        raise UserError(f"{setting}: no folder {name}")
     _check_kernels(Path(name))
     return name
 
@@ -52,17 +63,18 @@ def _check_kernels(folder: Path) -> None:
             )
 
 
-def load_tokenizer(config: RunConfig, name: str | None = None) -> Any:
+def load_tokenizer(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING) -> Any:
     """Return the tokenizer with a chat template and a pad token that is not EOS.
 
     Args:
         config: the run's config.
         name: another model than the run's base, whose own template is kept.
+        setting: that names the model, for errors.
     """
     from transformers import AutoTokenizer
 
-    source = resolved_model(name or config.model_name_or_path)
-    with explained(source, config):
+    source = resolved_model(name or config.model_name_or_path, setting)
+    with explained(source, config, setting):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=None if name else config.model_revision, trust_remote_code=False
         )
@@ -80,12 +92,13 @@ def load_tokenizer(config: RunConfig, name: str | None = None) -> Any:
     return tokenizer
 
 
-def model_config(config: RunConfig, name: str | None = None, **fields: Any) -> Any:
+def model_config(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING, **fields: Any) -> Any:
     """Return the transformers config of a model, fitted to the run where the weights are quantised already.
 
     Args:
         config: the run's config.
         name: another model than the run's base.
+        setting: that names the model, for errors.
         fields: of the transformers config, that are set.
 
     Raises:
@@ -93,20 +106,26 @@ def model_config(config: RunConfig, name: str | None = None, **fields: Any) -> A
     """
     from transformers import AutoConfig
 
-    source = resolved_model(name or config.model_name_or_path)
+    source = resolved_model(name or config.model_name_or_path, setting)
     if (Path(source) / "adapter_config.json").is_file():  # transformers would load the base that it names, and add it
-        raise UserError(f"model_name_or_path: {source} is an adapter; name the model that it was trained on")
-    with explained(source, config):
+        wanted = "a whole model is wanted" if name else "name the model that it was trained on"
+        raise UserError(f"{setting}: {source} is an adapter; {wanted}")
+    with explained(source, config, setting):
         found = AutoConfig.from_pretrained(
             source, revision=None if name else config.model_revision, trust_remote_code=False, **fields
         )
     if (held := getattr(found, "quantization_config", None)) is not None:
-        found.quantization_config = checked_quantization(source, held, config.load_in_4bit, config.dtype)
+        found.quantization_config = checked_quantization(source, held, config.load_in_4bit, config.dtype, setting)
     return found
 
 
-def load_causal_lm(config: RunConfig, name: str | None = None) -> Any:
+def load_causal_lm(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING) -> Any:
     """Return the causal language model, in NF4 where the config says so, in eval mode on `device()`.
+
+    Args:
+        config: the run's config.
+        name: another model than the run's base.
+        setting: that names the model, for errors.
 
     Raises:
         UserError: not on the Hub, gated, no network, no 4-bit to be had, the backend is not installed, or the card does
@@ -115,12 +134,12 @@ def load_causal_lm(config: RunConfig, name: str | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     check_device(config)
-    source = resolved_model(name or config.model_name_or_path)
+    source = resolved_model(name or config.model_name_or_path, setting)
     revision = None if name else config.model_revision
-    found = model_config(config, name)
+    found = model_config(config, name, setting)
     if chosen_backend(config) == "unsloth":
         return _load_with_unsloth(source, revision, config)
-    with explained(source, config), quiet_transformers():
+    with explained(source, config, setting), quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **loading_arguments(config, found))
     return _without_mapped_file(_checked(model, config, source)).eval()
 
@@ -218,18 +237,22 @@ def _load_with_unsloth(source: str, revision: str | None, config: RunConfig) -> 
     return model
 
 
+def check_float16_range(model: Any, source: str) -> None:
+    """Raise `UserError` where a float16 weight of `model` is infinite: it was too large in `source`."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float16 and not bool(torch.isfinite(parameter).all()):
+            raise UserError(
+                f"dtype: {name} of {source} holds numbers beyond float16's 65504; set dtype: float32, or use a "
+                "card that has bfloat16"
+            )
+
+
 def _checked(model: Any, config: RunConfig, source: str) -> Any:
     """Return `model` after making sure that it is truly in 4 bits, and that it stays differentiable on the CPU.
 
     In float16 also that no number of it was too large.
     """
-    if config.dtype == "float16":
-        for name, parameter in model.named_parameters():
-            if parameter.dtype == torch.float16 and not bool(torch.isfinite(parameter).all()):
-                raise UserError(
-                    f"dtype: {name} of {source} holds numbers beyond float16's 65504; set dtype: float32, or use a "
-                    "card that has bfloat16"
-                )
+    check_float16_range(model, source)
     if not config.load_in_4bit:
         return model
     import bitsandbytes
@@ -262,8 +285,14 @@ def _without_mapped_file(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def explained(source: str, config: RunConfig) -> Iterator[None]:
-    """Turn what transformers and the Hub raise while loading `source` into a `UserError` that says what to do."""
+def explained(source: str, config: RunConfig, setting: str = BASE_SETTING) -> Iterator[None]:
+    """Turn what transformers and the Hub raise while loading `source` into a `UserError` that says what to do.
+
+    Args:
+        source: what is loaded.
+        config: the run's config.
+        setting: that names `source`.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         RemoteEntryNotFoundError,
@@ -291,7 +320,7 @@ def explained(source: str, config: RunConfig) -> Iterator[None]:
         elif any(isinstance(e, RevisionNotFoundError) for e in chain):
             advice = f"model_revision: {source} has no revision {config.model_revision}"
         elif any(isinstance(e, RepositoryNotFoundError) for e in chain):
-            advice = f"{source} is not on the Hub (or is private: `hf auth login`); check model_name_or_path"
+            advice = f"{source} is not on the Hub (or is private: `hf auth login`); check {setting}"
         elif any(isinstance(e, RemoteEntryNotFoundError) for e in chain):
             advice = f"{source} on the Hub is no model that transformers loads (an adapter? another format?): {text}"
         elif Path(source).is_dir():

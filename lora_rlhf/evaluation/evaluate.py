@@ -79,13 +79,24 @@ def evaluate(
         settings, config, None if models else run, folder, arms,
         pairs[: settings.limit or config.compare.num_prompts], ResultCache(folder / "cache"), judge=None,
     )  # fmt: skip
+    if processes.is_main:  # a judge that cannot be loaded is said before hours of sampling
+        with processes.alone():
+            evaluation.judge = _judge(settings, config, folder)
     if processes.count > 1:
+        _wait_for_judge(processes)
         _sample_together(evaluation, processes)
         if not processes.is_main:
             return {}
     with processes.alone():
-        evaluation.judge = _judge(settings, config, folder)
         return _suites(evaluation, pairs)
+
+
+def _wait_for_judge(processes: Processes) -> None:
+    """Return when the first process has its judge; raise `UserError` where it ended without one."""
+    if processes.is_main:
+        processes.tell("judge", "loaded")
+    else:
+        processes.told("judge")
 
 
 def _sample_together(evaluation: Evaluation, processes: Processes) -> None:
@@ -159,7 +170,8 @@ def _judge(settings: EvaluationSettings, config: RunConfig, folder: Path) -> Jud
         assert settings.judge_model is not None
         return HttpJudge(settings.judge_base_url, settings.judge_model, replies, api_key_from_environment())
     if settings.judge_model:
-        model, tokenizer = load_causal_lm(config, settings.judge_model), load_tokenizer(config, settings.judge_model)
+        tokenizer = load_tokenizer(config, settings.judge_model, "--judge_model")
+        model = load_causal_lm(config, settings.judge_model, "--judge_model")
         judge = LocalJudge(model, tokenizer, replies)
         judge.name = settings.judge_model  # as it was given, not the folder that it was found in
         return judge

@@ -12,6 +12,7 @@ import torch
 
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import explained, load_causal_lm, load_tokenizer, resolved_model
+from lora_rlhf.base.prequantized import BASE_SETTING
 from lora_rlhf.base.shared import REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
@@ -73,17 +74,23 @@ def named_arms(config: RunConfig, names: Mapping[str, str]) -> dict[str, LoadedA
             raise UserError(f"--models: an arm is one of {', '.join(ARMS)}, not {name!r}; write base=NAME plus=FOLDER")
     if "base" not in names:
         raise UserError("--models: base is missing; write base=NAME instruct=NAME plus=FOLDER")
+    settings = {arm: f"--models: {arm}" for arm in names}
+    if names["base"] == config.model_name_or_path:
+        settings["base"] = BASE_SETTING
+    if names.get("instruct") == config.instruct_model_name_or_path:
+        settings["instruct"] = "instruct_model_name_or_path"
     config = replace(config, model_name_or_path=names["base"])
-    tokenizer = load_tokenizer(config)
-    shared = _shared(config)
+    tokenizer = load_tokenizer(config, setting=settings["base"])
+    shared = _shared(config, None, settings["base"])
     content = model_fingerprint(names["base"], config)
     arms = {"base": LoadedArm("base", shared, REFERENCE, tokenizer, content)}
     for name in [arm for arm in ARMS if arm in names and arm != "base"]:
         folder = adapter_folder(names[name])
         if folder is None:
-            own = load_tokenizer(config, names[name])
+            own = load_tokenizer(config, names[name], settings[name])
             own_content = model_fingerprint(names[name], config)
-            arms[name] = LoadedArm(name, _shared(config, names[name]), REFERENCE, own, own_content)
+            other = _shared(config, names[name], settings[name])
+            arms[name] = LoadedArm(name, other, REFERENCE, own, own_content)
             continue
         shared.load_adapter(name, folder)
         arms[name] = LoadedArm(name, shared, name, tokenizer, digest(content, folder_fingerprint(folder)))
@@ -133,9 +140,9 @@ def folder_fingerprint(folder: Path) -> str:
     return digest(*parts)
 
 
-def _shared(config: RunConfig, name: str | None = None) -> SharedBase:
+def _shared(config: RunConfig, name: str | None, setting: str) -> SharedBase:
     torch.manual_seed(config.seed)
-    return SharedBase(load_causal_lm(config, name), lora_config(config.lora), getattr(torch, config.dtype))
+    return SharedBase(load_causal_lm(config, name, setting), lora_config(config.lora), getattr(torch, config.dtype))
 
 
 def digest(*parts: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -50,6 +51,7 @@ class BaseOrigin:
         hub_name: the model on the Hub that it is, or is made from; none for tiny and folders.
         revision: of the model on the Hub, where the run names one.
         licence: none where it could not be found.
+        published_type: `nf4` or `fp4`, of a model that is published in 4 bits; None where its weights are whole.
     """
 
     kind: Kind
@@ -57,6 +59,7 @@ class BaseOrigin:
     hub_name: str | None
     revision: str | None
     licence: Licence | None
+    published_type: str | None = None
 
 
 def base_origin(name: str, revision: str | None, ask_hub: bool) -> BaseOrigin:
@@ -65,18 +68,25 @@ def base_origin(name: str, revision: str | None, ask_hub: bool) -> BaseOrigin:
     Args:
         name: `model_name_or_path`.
         revision: `model_revision`.
-        ask_hub: read the licence from the model's card on the Hub where nothing here knows it.
+        ask_hub: read the licence and how the weights are stored from the Hub where nothing here knows them.
     """
     if name == EMBEDDED:
         return BaseOrigin("embedded", name, EMBEDDED_HUB_NAME, None, Licence(LICENCES[name]))
     if name == TINY:
         return BaseOrigin("tiny", name, None, None, Licence(LICENCES[name]))
+    folder = Path(name).expanduser()
     if snapshot := _SNAPSHOT.search(name):
         name, revision = f"{snapshot[1]}/{snapshot[2]}", snapshot[3]
     elif is_local(name):
-        return BaseOrigin("folder", portable_name(name), None, None, _licence_in(Path(name).expanduser() / "README.md"))
-    licence = Licence(LICENCES[name]) if name in LICENCES else _licence_on_hub(name, revision, ask_hub)
-    return BaseOrigin("hub", name, name, revision, licence)
+        kind = _published_type(folder / "config.json")
+        return BaseOrigin("folder", portable_name(name), None, None, _licence_in(folder / "README.md"), kind)
+    if name in LICENCES:
+        licence: Licence | None = Licence(LICENCES[name])
+    else:
+        card = _file_on_hub(name, "README.md", revision, ask_hub)
+        licence = None if card is None else _licence_in(card)
+    kind = _published_type(_file_on_hub(name, "config.json", revision, ask_hub))
+    return BaseOrigin("hub", name, name, revision, licence, kind)
 
 
 def is_local(name: str) -> bool:
@@ -104,17 +114,29 @@ def portable_name(name: str) -> str:
     return f"./{PurePosixPath(whole).name}{colon}{part}"
 
 
-def _licence_on_hub(name: str, revision: str | None, ask_hub: bool) -> Licence | None:
+def _file_on_hub(name: str, file: str, revision: str | None, ask_hub: bool) -> Path | None:
+    """Return a file of a model on the Hub: the one that was downloaded before, or where `ask_hub` a fresh download."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        held = try_to_load_from_cache(name, "README.md", revision=revision)
+        held = try_to_load_from_cache(name, file, revision=revision)
         if not isinstance(held, str) and ask_hub:
-            held = hf_hub_download(name, "README.md", revision=revision)
-    except (OSError, httpx.HTTPError, HFValidationError):  # no card, no access or no network: then it is not known
+            held = hf_hub_download(name, file, revision=revision)
+    except (OSError, httpx.HTTPError, HFValidationError):  # no such file, no access or no network: it is not known
         return None
-    return _licence_in(Path(held)) if isinstance(held, str) else None
+    return Path(held) if isinstance(held, str) else None
+
+
+def _published_type(config: Path | None) -> str | None:
+    """Return in which 4-bit type a model's config.json says that it is stored; None where it says nothing of it."""
+    try:
+        held = json.loads(config.read_text(encoding="utf-8"))["quantization_config"] if config else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not isinstance(held, dict) or not held.get("load_in_4bit"):
+        return None
+    return "nf4" if held.get("bnb_4bit_quant_type") == "nf4" else "fp4"  # which bitsandbytes takes where none is named
 
 
 def _licence_in(card: Path) -> Licence | None:

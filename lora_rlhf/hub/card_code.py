@@ -35,7 +35,7 @@ def adapter_code(repo_id: str, origin: BaseOrigin, dtype: str, four_bits: bool) 
 
 
 def merging_code(repo_id: str, origin: BaseOrigin, dtype: str) -> str:
-    """Return the lines that merge the adapter into the base's 16-bit weights."""
+    """Return the lines that merge the adapter into the 16-bit weights of a base that is published in 16 bits."""
     return _block(
         _imports(origin, ["AutoModelForCausalLM", "AutoTokenizer"], four_bits=False),
         _loaded("AutoModelForCausalLM", repo_id, origin, dtype, four_bits=False)
@@ -71,7 +71,9 @@ def reward_code(repo_id: str, origin: BaseOrigin, dtype: str, four_bits: bool) -
 
 
 def _imports(origin: BaseOrigin, names: list[str], four_bits: bool) -> str:
-    from_transformers = ", ".join(names + (["BitsAndBytesConfig"] if four_bits else []))
+    if four_bits:
+        names = ["AutoConfig", *names] if origin.published_type else [*names, "BitsAndBytesConfig"]
+    from_transformers = ", ".join(names)
     lines = f"import torch\nfrom peft import PeftModel\nfrom transformers import {from_transformers}"
     if origin.kind in ("embedded", "tiny"):
         lines += "\n\nfrom lora_rlhf.base.loading import resolved_model"
@@ -81,13 +83,19 @@ def _imports(origin: BaseOrigin, names: list[str], four_bits: bool) -> str:
 def _loaded(model_class: str, repo_id: str, origin: BaseOrigin, dtype: str, four_bits: bool) -> str:
     """Return the lines that load `tokenizer` and `base`, in the precision of the run."""
     source = f"resolved_model({_quoted(origin.name)})" if origin.kind in ("embedded", "tiny") else _quoted(origin.name)
-    arguments = [source, f"dtype=torch.{dtype}", 'device_map="auto"']
-    if origin.revision:
-        arguments.insert(1, f"revision={_quoted(origin.revision)}")
-    if model_class == "AutoModelForSequenceClassification":
-        arguments.insert(1, "num_labels=1")
+    named = [source, f"revision={_quoted(origin.revision)}"] if origin.revision else [source]
+    labels = ["num_labels=1"] if model_class == "AutoModelForSequenceClassification" else []
+    placed = [f"dtype=torch.{dtype}", 'device_map="auto"']
     lines = [f"tokenizer = AutoTokenizer.from_pretrained({_quoted(repo_id)})"]
-    if four_bits:
+    if four_bits and origin.published_type:  # transformers would ignore a config beside the checkpoint's own
+        lines += [
+            f"config = AutoConfig.from_pretrained({', '.join(named + labels)})",
+            "stored = config.quantization_config",
+            'stored["llm_int8_skip_modules"] = [*(stored.get("llm_int8_skip_modules") or []), "lm_head", "score"]',
+            f'stored["bnb_4bit_compute_dtype"] = "{dtype}"',
+        ]
+        arguments = [*named, "config=config", *placed]
+    elif four_bits:
         lines += [
             "nf4 = BitsAndBytesConfig(",
             "    load_in_4bit=True,",
@@ -97,7 +105,9 @@ def _loaded(model_class: str, repo_id: str, origin: BaseOrigin, dtype: str, four
             '    llm_int8_skip_modules=["lm_head", "score"],',
             ")",
         ]
-        arguments.append("quantization_config=nf4")
+        arguments = [*named, *labels, *placed, "quantization_config=nf4"]
+    else:
+        arguments = [*named, *labels, *placed]
     lines.append(f"base = {model_class}.from_pretrained(\n    {', '.join(arguments)}\n)")
     if model_class == "AutoModelForSequenceClassification":
         lines.append("base.config.pad_token_id = tokenizer.pad_token_id")

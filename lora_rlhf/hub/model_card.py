@@ -190,6 +190,12 @@ def _use(facts: CardFacts) -> Iterable[str]:
         " alone:" if facts.origin.kind in ("hub", "folder") else ", on the base that the package builds:"
     )
     yield adapter_code(facts.repo_id, facts.origin, dtype, four_bits)
+    if facts.origin.published_type:
+        yield (
+            "The base is published in 4 bits alone, which an adapter cannot be merged into without rounding it. "
+            "`python recipes/push_to_hub.py --merged` publishes the model that the run itself merged, in 16 bits."
+        )
+        return
     drift = facts.summary.get("merge", {}).get("drift", {}).get("original")
     moved = f", which moved log-probs by {drift:.2g} nats per token on average in this run" if _finite(drift) else ""
     trained = f"; it was trained on the 4-bit ones{moved}" if four_bits else ""
@@ -239,9 +245,12 @@ def _training(facts: CardFacts) -> str:
     layers = lora.layers_to_transform
     where = f", layers {min(layers)} to {max(layers)}" if layers else ""
     versions = facts.summary.get("versions", {})
+    stored = "NF4 base, " if config.load_in_4bit else ""
+    if facts.origin.published_type:
+        stored = f"{facts.origin.published_type.upper()} base as it is published, "
     rows = [
         ("data", facts.data),
-        ("precision", f"{'NF4 base, ' if config.load_in_4bit else ''}computed in {config.dtype}, adapters in float32"),
+        ("precision", f"{stored}computed in {config.dtype}, adapters in float32"),
         ("LoRA", f"rank {lora.r}, alpha {lora.lora_alpha}, on {', '.join(lora.target_modules)}{where}"),
     ]
     if facts.kind == "reward":

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from lora_rlhf.base.devices import device
-from lora_rlhf.base.loading import explained, quiet_transformers, resolved_model
+from lora_rlhf.base.loading import check_float16_range, explained, quiet_transformers, resolved_model
 from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import Message
@@ -166,7 +166,7 @@ class CombinedReward:
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """One entry of `ppo.reward_sources`, checked; `path` is none for the run's own reward adapter."""
+    """One entry of `ppo.reward_sources`, checked; `path` is None for the run's own reward adapter."""
 
     kind: str
     path: str | None
@@ -186,7 +186,7 @@ def source_entries(config: RunConfig) -> list[SourceEntry]:
         where = f"ppo.reward_sources[{i}]"
         if given.keys() - {"kind", "path", "weight", "name"} or "kind" not in given:
             raise UserError(f"{where}: fields are kind, path, weight and name, not {', '.join(sorted(given))}")
-        kind, path = given["kind"], given.get("path")
+        kind, path = given["kind"], given.get("path") or None
         if kind not in ("adapter", "model", "function"):
             raise UserError(f"{where}: kind is adapter, model or function, not {kind!r}")
         if path is None and kind != "adapter":
@@ -261,16 +261,14 @@ def score_scales(run: Path) -> dict[str, ScoreScale]:
 def _classifier(config: RunConfig, path: str, name: str, weight: float, where: str) -> ClassifierReward:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    try:
-        source = resolved_model(path)
-    except UserError as error:
-        raise UserError(f"{where}: {str(error).removeprefix('model_name_or_path: ')}") from None
-    with explained(source, config), quiet_transformers():
+    source = resolved_model(path, where)
+    with explained(source, config, where), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=getattr(torch, config.dtype), device_map={"": device()}, trust_remote_code=False,
             use_safetensors=True,
         ).eval()  # fmt: skip
+    check_float16_range(model, source)
     if model.config.num_labels != 1:
         raise UserError(f"{path} has {model.config.num_labels} outputs; a reward model has one")
     if tokenizer.pad_token is None:

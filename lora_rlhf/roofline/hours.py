@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lora_rlhf.config import EMBEDDED, RunConfig, TrainerSettings
 from lora_rlhf.errors import UserError
+from lora_rlhf.reward.own_reward import trains_own_reward
 from lora_rlhf.roofline.cards import Card
 from lora_rlhf.roofline.phases import Phase, ppo_phases, supervised_phases
 
@@ -68,7 +69,7 @@ def stage_times(config: RunConfig, card: Card, pairs: int | None = None) -> list
     pairs = training_pairs(config) if pairs is None else pairs
     times = []
     trained: list[tuple[str, TrainerSettings, float]] = []
-    if _trains_reward(config):
+    if trains_own_reward(config.ppo.reward_sources):
         trained.append(("reward", config.reward, 1 + config.reward.contrast_share))
     if config.instruct_model_name_or_path is None:
         trained.append(("instruct", config.sft, 1.0))
@@ -89,11 +90,6 @@ def stage_times(config: RunConfig, card: Card, pairs: int | None = None) -> list
     times.append(_stage_time("ppo", s.total_steps, step, card))
     times.append(_stage_time("compare", 3 * -(-config.compare.num_prompts // s.batch_size), rollout, card))
     return times
-
-
-def _trains_reward(config: RunConfig) -> bool:
-    sources = config.ppo.reward_sources
-    return not sources or any(not source.get("path") for source in sources)
 
 
 def _stage_time(stage: str, steps: int, phases: Sequence[Phase], card: Card) -> StageTime:

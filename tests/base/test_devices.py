@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,21 @@ def test_it_is_said_before_anything_is_loaded(
     }
     with pytest.raises(UserError, match="Tesla T4 has no bfloat16"):
         enter[entrance]()
+
+
+def test_what_is_advised_is_what_a_run_that_has_begun_allows(
+    make_config: MakeConfig, card: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = make_config(dtype="bfloat16")
+    with Session.open(begun).run.stage("base"):
+        pass
+    with pytest.raises(UserError, match="dtype.*output_dir"):
+        Session.open(replace(begun, dtype="float16"))
+    card("Tesla T4", (7, 5))
+    with pytest.raises(UserError, match="A run that has finished a stage keeps its dtype: .* in another output_dir"):
+        Session.open(begun)
+    monkeypatch.undo()
+    Session.open(replace(begun, dtype="float16", output_dir=f"{begun.output_dir}_again"))
 
 
 class Loading(Exception):

@@ -22,12 +22,16 @@ from lora_rlhf import memory
 from lora_rlhf.base.adapters import base_identity
 from lora_rlhf.base.embedded import build_tiny_model
 from lora_rlhf.base.loading import explained, load_causal_lm, load_reward_model, model_config
-from lora_rlhf.base.prequantized import UNGATED_COPIES
+from lora_rlhf.base.prequantized import UNGATED_COPIES, stored_precision
 from lora_rlhf.base.role_layers import dequantized_weight
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
-from lora_rlhf.stages import Session
+from lora_rlhf.evaluation.context import EvaluationSettings
+from lora_rlhf.evaluation.evaluate import _judge
+from lora_rlhf.evaluation.loaded_arms import named_arms
+from lora_rlhf.run import STAGES, run_summary
+from lora_rlhf.stages import Session, base_stage
 
 MakeConfig = Callable[..., RunConfig]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -103,24 +107,39 @@ def test_its_weights_are_those_of_the_file_and_compute_in_the_dtype_of_the_run(
 
 
 @pytest.mark.parametrize(
-    ("fields", "kind", "nested"),
+    ("fields", "kind", "nested", "words"),
     [
-        ({}, "nf4", True),
-        ({"bnb_4bit_use_double_quant": False}, "nf4", False),
-        ({"bnb_4bit_quant_type": "fp4"}, "fp4", True),
+        ({}, "nf4", True, "NF4, double quantisation"),
+        ({"bnb_4bit_use_double_quant": False}, "nf4", False, "NF4, single quantisation"),
+        ({"bnb_4bit_quant_type": "fp4"}, "fp4", True, "FP4, double quantisation"),
     ],
     ids=["NF4", "NF4, quantised once", "FP4"],
 )
 def test_every_kind_of_four_bits_gives_the_products_of_its_dequantised_weights(
-    make_config: MakeConfig, checkpoint: Callable[..., Path], fields: dict[str, Any], kind: str, nested: bool
+    make_config: MakeConfig,
+    checkpoint: Callable[..., Path],
+    fields: dict[str, Any],
+    kind: str,
+    nested: bool,
+    words: str,
 ) -> None:
     model = load_causal_lm(make_config(model_name_or_path=str(checkpoint(**fields))))
+    assert stored_precision(model) == words
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     for layer in quantised(model).values():
         state = layer.weight.quant_state
         assert (state.quant_type, state.nested) == (kind, nested)
         if layer.in_features == 64:
             torch.testing.assert_close(layer(x), x @ dequantized_weight(layer).T, atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_stage_says_what_was_loaded(
+    make_config: MakeConfig, checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(model_name_or_path=str(checkpoint(bnb_4bit_quant_type="fp4")))
+    base_stage(Session.open(config))
+    assert "MistralForCausalLM, FP4, double quantisation: " in capsys.readouterr().out
+    assert stored_precision(load_causal_lm(make_config(load_in_4bit=False, dtype="bfloat16"))) == "bfloat16"
 
 
 def test_layers_that_a_checkpoint_left_whole_stay_whole_and_are_adapted(
@@ -154,9 +173,14 @@ def test_the_planner_reads_the_shape_of_the_whole_model(make_config: MakeConfig,
 @pytest.mark.slow
 def test_a_whole_run_on_such_a_checkpoint(recipe: Callable[..., Any], nf4: Path, tmp_path: Path) -> None:
     options = [*TINY, "--model_name_or_path", str(nf4), "--output_dir", str(tmp_path / "run")]
-    for stage in ("reward_lora.py", "sft_lora.py", "ppo_lora.py"):
-        status, printed = recipe(stage, *options)
-        assert status == 0, printed
+    status, printed = recipe("direct_rlhf_lora.py", *options)
+    assert status == 0, printed
+    assert "not measured" in printed and "in quantised form alone" in " ".join(printed.split())
+    summary = run_summary(tmp_path / "run")
+    assert summary["seconds"].keys() == set(STAGES) and summary["arms"].keys() == {"base", "instruct", "plus"}
+    assert summary["merge"]["drift"].keys() == {"dequantized"} and summary["merge"]["drift"]["dequantized"] < 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    assert not quantised(merged) and merged.dtype == torch.float32  # the dtype of the run
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3 and all(step["first_ratio_deviation"] < 1e-4 for step in steps)
 
@@ -190,9 +214,28 @@ def test_what_cannot_be_a_base_is_refused_in_words_before_any_work(
 
 def test_the_model_of_the_instruct_arm_is_looked_at_too(make_config: MakeConfig, nf4: Path, tmp_path: Path) -> None:
     other = rewritten(nf4, tmp_path / "copy", quant_method="awq")
-    with pytest.raises(UserError, match="is quantised by awq"):
+    with pytest.raises(UserError, match="^instruct_model_name_or_path: .* is quantised by awq"):
         Session.open(make_config(instruct_model_name_or_path=str(other)))
+    with pytest.raises(UserError, match="^instruct_model_name_or_path: .* 4-bit weights .*load_in_4bit is false: name"):
+        Session.open(make_config(instruct_model_name_or_path=str(nf4), load_in_4bit=False))
     load_causal_lm(make_config(), str(nf4))
+
+
+def test_the_models_of_an_evaluation_are_named_by_their_options(
+    make_config: MakeConfig, nf4: Path, tmp_path: Path
+) -> None:
+    other, config = rewritten(nf4, tmp_path / "copy", quant_method="awq"), make_config()
+    with pytest.raises(UserError, match="^--judge_model: .* is quantised by awq"):
+        _judge(EvaluationSettings(tmp_path, judge_model=str(other)), config, tmp_path)
+    with pytest.raises(UserError, match="^--judge_model: no folder /nowhere/at/all"):
+        _judge(EvaluationSettings(tmp_path, judge_model="/nowhere/at/all"), config, tmp_path)
+    base = config.model_name_or_path
+    with pytest.raises(UserError, match="^--models: instruct: .* is quantised by awq"):
+        named_arms(config, {"base": base, "instruct": str(other)})
+    with pytest.raises(UserError, match="^instruct_model_name_or_path: .* is quantised by awq"):
+        named_arms(replace(config, instruct_model_name_or_path=str(other)), {"base": base, "instruct": str(other)})
+    with pytest.raises(UserError, match="^--models: base: .* is quantised by awq"):
+        named_arms(config, {"base": str(other)})
 
 
 @pytest.mark.parametrize("held", [[], "nf4", 4])

@@ -44,3 +44,15 @@ def test_two_processes_evaluate_as_one(recipe: Recipe, run_folder: Path, tmp_pat
     assert found[1] == found[0]
     caches = [{file.name for file in (tmp_path / name / "evaluation" / "cache").iterdir()} for name in ("one", "two")]
     assert caches[0] == caches[1]
+
+
+@pytest.mark.slow
+def test_a_judge_that_is_not_there_is_said_before_any_sampling(run_folder: Path, tmp_path: Path) -> None:
+    """Both processes end, the second one without waiting for ever."""
+    shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("merged", "value_adapter"))
+    options = ["--suites", "moderation", "--limit", "3", "--judge_model", "/nowhere/at/all"]
+    run = launched(tmp_path / "run", accelerate("two_gpus", free_port()), *options, recipe="recipes/evaluate.py")
+    assert run.wait(timeout=120) != 0
+    log = log_of(tmp_path / "run")
+    assert log.count("error: --judge_model: no folder /nowhere/at/all") == 1, log
+    assert "sampled by 2 processes" not in log and not any((tmp_path / "run" / "evaluation" / "cache").glob("*"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForSequenceClassification, PreTrainedTokenizerFast
 
 from lora_rlhf.base.shared import POLICY, REWARD, SharedBase
@@ -327,6 +328,20 @@ def test_a_classifier_with_two_outputs_is_no_reward_model(sources: Sources, tmp_
     write_classifier(tmp_path / "judge", outputs=2)
     with pytest.raises(UserError, match="judge has 2 outputs"):
         sources({"kind": "model", "path": str(tmp_path / "judge")})
+
+
+def test_a_classifier_beyond_the_range_of_float16_is_refused(
+    make_base: Callable[..., SharedBase], make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    write_classifier(tmp_path / "judge")
+    weights = load_file(tmp_path / "judge" / "model.safetensors")
+    weights["model.norm.weight"][3] = 1e5
+    save_file(weights, tmp_path / "judge" / "model.safetensors", metadata={"format": "pt"})
+    entry = {"kind": "model", "path": str(tmp_path / "judge")}
+    base = make_base()
+    with pytest.raises(UserError, match=r"dtype: model\.norm\.weight of .*judge holds numbers beyond float16's 65504"):
+        reward_sources(make_config(dtype="float16", ppo={"reward_sources": [entry]}), base, tmp_path)
+    reward_sources(make_config(dtype="bfloat16", ppo={"reward_sources": [entry]}), base, tmp_path)
 
 
 def test_the_three_kinds_add_up(
