@@ -85,7 +85,8 @@ def base_origin(name: str, revision: str | None, ask_hub: bool) -> BaseOrigin:
     else:
         card = _file_on_hub(name, "README.md", revision, ask_hub)
         licence = None if card is None else _licence_in(card)
-    kind = _published_type(_file_on_hub(name, "config.json", revision, ask_hub))
+    here = folder / "config.json"  # of a snapshot in a cache, maybe another one than this process's
+    kind = _published_type(here if here.is_file() else _file_on_hub(name, "config.json", revision, ask_hub))
     return BaseOrigin("hub", name, name, revision, licence, kind)
 
 

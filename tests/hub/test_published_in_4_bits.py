@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,10 @@ def test_fp4_is_not_called_nf4() -> None:
 def test_how_a_base_is_stored_is_what_its_config_says(hub: HubServer, tmp_path: Path, held: Any, found: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(held))
     assert base_origin(str(tmp_path), None, ask_hub=False).published_type == found
+    snapshot = tmp_path / "models--some--base" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copy(tmp_path / "config.json", snapshot)
+    assert base_origin(str(snapshot), None, ask_hub=False).published_type == found
     hub.create("some/base", {"config.json": json.dumps(held).encode()})
     assert base_origin("some/base", None, ask_hub=False).published_type is None
     assert base_origin("some/base", None, ask_hub=True).published_type == found
