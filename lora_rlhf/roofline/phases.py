@@ -60,16 +60,19 @@ class PhaseCounter:
     def __init__(self, config: RunConfig, card: Card) -> None:
         self.config, self.card, self.counter = config, card, OperationCounter(fused_4bit(card))
         self.phases: list[Phase] = []
-        with self.counter, fused_attention(self.card):
-            self.trainer: PpoTrainer = shapes_trainer(config)
+        self.trainer: PpoTrainer = self.prepare(lambda: shapes_trainer(config))
 
     def count(self, stage: str, name: str, times: float, work: Callable[[], Any]) -> Any:
         """Do `work` on shapes and add it as a phase; return what it returns."""
         self.counter.clear()
-        with self.counter, fused_attention(self.card):
-            result = work()
+        result = self.prepare(work)
         self._add(stage, name, times)
         return result
+
+    def prepare(self, work: Callable[[], Any]) -> Any:
+        """Do `work` on shapes, of which only the memory counts; return what it returns."""
+        with self.counter, fused_attention(self.card):
+            return work()
 
     def _add(self, stage: str, name: str, times: float) -> None:
         counter = self.counter
@@ -151,8 +154,7 @@ def _count_score(counting: PhaseCounter) -> None:
     if s.expand_weights:
         counting.count("score", "working copy", 1, lambda: trainer.base.layers._make_copies(None))
     together = min(s.scoring_batch_size, s.batch_size)
-    rollout = counting.count("score", "", 0, lambda: full_rollout(counting.config, together))
-    counting.phases.pop()
+    rollout = counting.prepare(lambda: full_rollout(counting.config, together))
     counting.count(
         "score", "policy, reference, reward and value of a batch", s.batch_size / together,
         lambda: scored_by_roles(trainer.base, rollout, trainer.reward, s, 0.0),
@@ -164,12 +166,9 @@ def _count_update(counting: PhaseCounter) -> None:
     trainer, s = counting.trainer, counting.config.ppo
     micro = min(s.micro_batch_size, s.batch_size // s.num_mini_batches)
     everything = [p for own in trainer.parameters.values() for p in own]
-    moments = counting.count("update", "moments", 0, lambda: [[torch.zeros_like(p) for p in everything] for _ in "mv"])
-    counting.phases.pop()  # they are made once, in the run's first step
-    rollout, scored, advantages, returns = counting.count(
-        "update", "", 0, lambda: _to_learn_from(counting.config, micro)
-    )
-    counting.phases.pop()
+    # Adam's two moments are made once, in the run's first step
+    moments = counting.prepare(lambda: [[torch.zeros_like(p) for p in everything] for _ in "mv"])
+    rollout, scored, advantages, returns = counting.prepare(lambda: _to_learn_from(counting.config, micro))
 
     def learn() -> None:
         with trainer.base.training():
@@ -244,7 +243,6 @@ def supervised_phases(config: RunConfig, card: Card, stage: str) -> list[Phase]:
             loss.backward()
 
     if config.ppo.expand_weights and config.load_in_4bit:
-        with counting.counter:
-            base.layers._make_copies(None)  # once for all steps, so that it is in none of them
+        counting.prepare(lambda: base.layers._make_copies(None))  # once for all steps, so that it is in none of them
     counting.count(stage, "micro-batch", settings.gradient_accumulation_steps, learn)
     return counting.phases
