@@ -26,7 +26,8 @@ from lora_rlhf.config_file import config_from_mapping
 from lora_rlhf.errors import UserError
 from lora_rlhf.memory import GIB, usable_bytes
 from lora_rlhf.memory_peak import peak_memory_gib, reset_peak_memory
-from lora_rlhf.memory_plan import model_shape, peaks
+from lora_rlhf.memory_plan import peaks
+from lora_rlhf.model_shape import model_shape
 from lora_rlhf.terminal import console, progress, run_recipe
 
 PLAIN: dict[str, Any] = {

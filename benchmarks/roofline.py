@@ -23,7 +23,8 @@ from rich.table import Table
 
 from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.memory import GIB, usable_bytes, with_checkpointing_decided
-from lora_rlhf.memory_plan import expands, model_shape
+from lora_rlhf.memory_plan import expands
+from lora_rlhf.model_shape import model_shape
 from lora_rlhf.roofline.cards import CARDS, Card, card_named, check_dtype
 from lora_rlhf.roofline.hours import realistic_seconds, with_copy_decided
 from lora_rlhf.roofline.phases import Phase, ppo_phases

@@ -125,7 +125,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 import torch
-from lora_rlhf import memory_plan
+from lora_rlhf import memory_plan, model_shape
 from lora_rlhf.base import shard_files
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
@@ -150,7 +150,7 @@ for target, weights in merged.items():
     with torch.no_grad(), base.autocast(), weights.in_place():
         base.trunk(inputs)
     write_merged(weights, tokenizer, Sampling(8, 1.0, (), False), Path(sys.argv[1], target))
-planner = memory_plan.Planner(config, memory_plan.model_shape(config), on_cuda=False, expand=False)
+planner = memory_plan.Planner(config, model_shape.model_shape(config), on_cuda=False, expand=False)
 print(peak_memory_gib(base.device) - before, planner.merge_bytes() / 2**30, weights.total_bytes / 2**30)
 """
 

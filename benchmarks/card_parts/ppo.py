@@ -17,7 +17,8 @@ from lora_rlhf.base.packing import batches_by_length
 from lora_rlhf.config import RunConfig
 from lora_rlhf.memory import GIB, usable_bytes
 from lora_rlhf.memory_peak import reset_peak_memory, return_freed_memory
-from lora_rlhf.memory_plan import NF4_BYTES, ModelShape, peaks, shape_of
+from lora_rlhf.memory_plan import peaks
+from lora_rlhf.model_shape import NF4_BYTES, ModelShape, shape_of
 from lora_rlhf.ppo.trainer import PpoTrainer
 
 MAIN, SMALL = "mistral_7b_24gb.yaml", "mistral_7b_16gb.yaml"

@@ -12,7 +12,8 @@ import yaml
 
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_to_mapping
-from lora_rlhf.memory_plan import Planner, model_shape
+from lora_rlhf.memory_plan import Planner
+from lora_rlhf.model_shape import model_shape
 from lora_rlhf.reward.own_reward import trains_own_reward
 from lora_rlhf.reward.sources import source_entries
 from lora_rlhf.roofline.cards import CARDS

@@ -10,7 +10,8 @@ import pytest
 
 from lora_rlhf.base.known_shapes import MISTRAL_7B, SHIPPED
 from lora_rlhf.config import LoraSettings, PpoSettings, RunConfig
-from lora_rlhf.memory_plan import Planner, model_shape
+from lora_rlhf.memory_plan import Planner
+from lora_rlhf.model_shape import model_shape
 from lora_rlhf.roofline.cards import CARDS, card_named
 from lora_rlhf.roofline.phases import Phase, ppo_phases, supervised_phases
 
