@@ -25,6 +25,8 @@ PROCESS_BYTES = 690 * 2**20
 """On a CPU: resident memory of Python with torch, transformers, peft, datasets and oneDNN's kernels, no model."""
 HEAP_SHARE = 1.5
 """On a CPU: what comes and goes takes this many times its size, for glibc's heap keeps holes between blocks."""
+RESIDUAL_BYTES = 4
+"""Of a number in the sum of the layers' outputs, whatever the compute dtype: see `keep_residuals_in_float32`."""
 CONTEXT_BYTES = 600 * 2**20
 """What CUDA itself takes of a card, beside what torch allocates."""
 
@@ -126,7 +128,7 @@ class Planner:
         score = self._cast_adapters(adapters) | {
             "activations": self._passing(scored * (roles if s.mixed_adapter_scoring else 1), longest)
             + roles * scored * longest * self.shape.hidden * self.width
-            + (s.batch_size * longest * self.shape.hidden * self.width if self._first_adapted() else 0),
+            + (s.batch_size * longest * self.shape.hidden * RESIDUAL_BYTES if self._first_adapted() else 0),
             "logits": self._logits(scored * s.response_length, with_copy=True),
         }
         update = self._cast_adapters(0 if s.gradient_checkpointing else 1) | {
@@ -190,7 +192,8 @@ class Planner:
 
     def _passing(self, rows: int, length: int) -> float:
         """Return what a pass without gradient holds at its fullest layer."""
-        per_token = (4 * self.shape.hidden + 3 * self.shape.inner + 2 * self.shape.query_width) * self.width
+        numbers = 2 * self.shape.hidden + 3 * self.shape.inner + 2 * self.shape.query_width
+        per_token = numbers * self.width + 2 * self.shape.hidden * RESIDUAL_BYTES
         return self._held * rows * length * (per_token + self._attention(length, kept=False))
 
     def _kept(self, rows: int, length: int, checkpointing: bool) -> float:
@@ -204,8 +207,9 @@ class Planner:
         # two norm inputs; queries and what they gathered; keys and values; both halves of the gate
         numbers = 2 * s.hidden + 2 * s.query_width + 2 * s.key_width + 2 * s.inner + adapted
         one_layer = tokens * (numbers * self.width + self._attention(length, kept=True))
-        backward = tokens * ((5 * s.inner + 4 * s.hidden) * self.width + self._attention(length, kept=False))
-        kept = layers * tokens * s.hidden * self.width + one_layer if checkpointing else layers * one_layer
+        backward: float = tokens * (5 * s.inner + 2 * s.hidden) * self.width
+        backward += tokens * (2 * s.hidden * RESIDUAL_BYTES + self._attention(length, kept=False))
+        kept = layers * tokens * s.hidden * RESIDUAL_BYTES + one_layer if checkpointing else layers * one_layer
         return self._held * (kept + backward + tokens * s.hidden * (4 + self.width))
 
     def _attention(self, length: int, kept: bool) -> float:

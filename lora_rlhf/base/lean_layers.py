@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_rlhf.base.attention import PLAIN_MODELS
+
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm")
 """Norms of transformers with w · x / √(mean x² + ε), computed in float32."""
 GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
@@ -107,33 +109,38 @@ def lora_linear(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """w · x / √(mean x² + ε) over the last dimension, in float32, w frozen."""
+    """w · x / √(mean x² + ε) over the last dimension, in float32, w frozen; the result has the dtype of w.
+
+    With x̂ = x / √(mean x² + ε), dx = (w · dy − x̂ · mean(w · dy · x̂)) / √(mean x² + ε): of x, x̂ is enough.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y, scale = _normed(x, weight, eps)
-        ctx.save_for_backward(x, scale, weight)
-        return y
+        unit, scale = _scaled_to_unit(x, eps)
+        ctx.save_for_backward(unit.to(weight.dtype, copy=True), scale, weight)
+        ctx.dtype = x.dtype
+        return unit.mul_(weight).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        x, scale, weight = ctx.saved_tensors
-        straight = grads[0] * weight
-        along = torch.linalg.vecdot(straight.float(), x.float())[..., None]
-        return torch.addcmul(straight * scale, x, along * scale**3 / -x.shape[-1]).to(x.dtype), None, None
+        unit, scale, weight = ctx.saved_tensors
+        straight = grads[0].float() * weight
+        along = torch.linalg.vecdot(straight, unit.float())[..., None].div_(unit.shape[-1])
+        return straight.addcmul_(unit, along, value=-1).mul_(scale).to(ctx.dtype), None, None
 
 
-def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _scaled_to_unit(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (x / √(mean x² + ε), 1 / √(mean x² + ε)) over the last dimension, in float32."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
-    return (x * scale).to(x.dtype) * weight, scale
+    return x * scale, scale
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Return w · x / √(mean x² + ε), computed in float32, rounded to the dtype of `x` before w; w takes no gradient."""
+    """Return w · x / √(mean x² + ε), computed in float32 and rounded once, to the dtype of w; w takes no gradient."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _RmsNorm.apply(x, weight, eps)
-    return _normed(x, weight, eps)[0]
+    return _scaled_to_unit(x, eps)[0].mul_(weight).to(weight.dtype)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -164,12 +171,40 @@ def make_norms_and_mlps_lean(trunk: nn.Module) -> None:
     Others stay as they are, and so do classes whose forward somebody else has replaced (unsloth does).
     """
     for module in trunk.modules():
-        theirs = type(module).forward.__module__.startswith("transformers.")
-        kind = type(module).__name__ if theirs else ""
+        kind = _stock_class(module)
         if kind in NORMS:
             module.forward = _norm_forward(module)
         elif kind in GATED_MLPS and isinstance(module.act_fn, nn.SiLU | type(_silu())):
             module.forward = _mlp_forward(module)
+
+
+def keep_residuals_in_float32(model: nn.Module) -> None:
+    """Let the trunk of a 16-bit model add up the outputs of its layers in float32; its products stay in 16 bits.
+
+    Every layer adds a little to a sum that grows; rounded to bfloat16 after each addition, it loses what was small.
+    That was half of the noise in a token's probability ratio. The norms, which are lean, round what enters a product.
+    Models of other types than `PLAIN_MODELS`, and those of other backends, are left alone.
+    """
+    for module in model.modules():
+        plain = getattr(getattr(module, "config", None), "model_type", None) in PLAIN_MODELS
+        parts = dict(module.named_children())
+        if plain and {"embed_tokens", "rotary_emb"} <= parts.keys() and _stock_class(parts["rotary_emb"]):
+            _keep_residual_in_float32(parts["embed_tokens"], parts["rotary_emb"])
+
+
+def _keep_residual_in_float32(embedding: Any, rotary: Any) -> None:
+    dtype = embedding.weight.dtype
+    if dtype == torch.float32:
+        return
+    embed, angles = embedding.forward, rotary.forward
+    embedding.forward = lambda ids: embed(ids).float()
+    # sines and cosines have the dtype of what they are made for, and would make queries and keys float32
+    rotary.forward = lambda x, position_ids: angles(x.new_empty(0, dtype=dtype), position_ids=position_ids)
+
+
+def _stock_class(module: nn.Module) -> str:
+    """Return the name of a module's class if its forward is transformers' own, else nothing."""
+    return type(module).__name__ if type(module).forward.__module__.startswith("transformers.") else ""
 
 
 def _silu() -> nn.Module:

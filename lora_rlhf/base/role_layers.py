@@ -11,7 +11,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_rlhf.base.lean_layers import add_low_rank, lora_linear, make_norms_and_mlps_lean
+from lora_rlhf.base.lean_layers import (
+    add_low_rank,
+    keep_residuals_in_float32,
+    lora_linear,
+    make_norms_and_mlps_lean,
+)
 from lora_rlhf.free_memory import free_bytes
 
 
@@ -138,6 +143,7 @@ class RoleLayers:
         self.frozen: dict[nn.Module, FrozenLinear] = {}
         self.adapted: dict[nn.Module, RoleLinear] = {}
         make_norms_and_mlps_lean(model)
+        keep_residuals_in_float32(model)
         self.refresh()
 
     def refresh(self) -> None:
