@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,6 +20,11 @@ from lora_rlhf.base.lean_layers import (
     make_norms_and_mlps_lean,
 )
 from lora_rlhf.free_memory import free_bytes
+
+FOLD_KEEPS = 0.9
+"""Share of an adapter's update that must be left after rounding, or the adapter is not folded into a 16-bit copy."""
+FOLD_ROWS = 64
+"""Rows of a weight on which that share is measured."""
 
 
 class FrozenLinear:
@@ -43,13 +50,14 @@ class FrozenLinear:
         x = x.to(self.dtype)
         if self.packed is not None:
             bias = None if self.layer.bias is None else self.layer.bias.to(self.dtype)
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-        if self.copy is None and not torch.is_grad_enabled() and self.is_quantized:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        elif self.copy is None and not torch.is_grad_enabled() and self.is_quantized:
             y = self.stock(x)
-            if adapter is not None:
-                add_low_rank(y, x, adapter)
-            return y
-        return lora_linear(x, self.weight, self.layer.bias, adapter)
+        else:
+            return lora_linear(x, self.weight, self.layer.bias, adapter)
+        if adapter is not None:
+            add_low_rank(y, x, adapter)
+        return y
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product without adapter."""
@@ -128,6 +136,24 @@ class MixedRoles:
         return self._scales[parts]
 
 
+@dataclass(frozen=True)
+class Folding:
+    """What a 16-bit copy holds of the adapter that was folded into it.
+
+    Attributes:
+        layers: share of the adapted layers that hold it; in the others it stays beside the copy.
+        update_kept: mean share of a layer's update that rounding would leave, were all of them folded.
+    """
+
+    layers: float = 1.0
+    update_kept: float = 1.0
+
+    @classmethod
+    def of(cls, kept: Sequence[float]) -> Folding:
+        """Return what follows from the share that each layer keeps."""
+        return cls(fmean(share >= FOLD_KEEPS for share in kept), fmean(kept)) if kept else cls()
+
+
 class RoleLayers:
     """All layers of a PEFT model whose forward is replaced by a leaner one that knows roles.
 
@@ -135,6 +161,9 @@ class RoleLayers:
         model: PEFT model on a frozen transformers model; its adapters are named after roles.
         playing: returns the role that is played, or several with their rows; a name without adapter plays the base.
         dtype: what products are computed in.
+
+    Attributes:
+        folding: what the last working copy with a role folded in kept of its adapter.
     """
 
     def __init__(self, model: nn.Module, playing: Callable[[], str | MixedRoles], dtype: torch.dtype) -> None:
@@ -142,6 +171,7 @@ class RoleLayers:
         self.device = next(model.parameters()).device
         self.frozen: dict[nn.Module, FrozenLinear] = {}
         self.adapted: dict[nn.Module, RoleLinear] = {}
+        self.folding = Folding()
         make_norms_and_mlps_lean(model)
         keep_residuals_in_float32(model)
         self.refresh()
@@ -218,12 +248,12 @@ class RoleLayers:
         """Hold every weight in the compute dtype inside the block, so that no product dequantises.
 
         With `folded_role` its adapter is added to the weights. The sum is rounded to the compute dtype, so that
-        log-probs differ slightly from those of base and adapter; no gradients then, and no other role.
+        log-probs differ slightly from those of base and adapter; no gradients then, and no other role. Where rounding
+        would lose more of a layer's update than `FOLD_KEEPS` allows, as with the small updates of early steps, the
+        adapter stays beside the copy.
         """
         try:
             self._make_copies(folded_role)
-            for role in self.adapted.values():
-                role.folded = folded_role is not None
             yield
         finally:
             self.give_up_copy()
@@ -233,6 +263,7 @@ class RoleLayers:
     def _make_copies(self, folded_role: str | None) -> None:
         """Fill the copies, views of one block of memory, which the system gets back whole; they alone hold it."""
         roles = {id(role.frozen): role for role in self.adapted.values()}
+        kept: list[float] = []
         wanted = [f for f in self.frozen.values() if f.is_quantized or (folded_role and id(f) in roles)]
         sizes = [f.layer.in_features * f.layer.out_features for f in wanted]
         pack = folded_role is not None and self._can_pack()
@@ -240,11 +271,14 @@ class RoleLayers:
         for i, frozen in enumerate(wanted):
             weight, role = frozen.weight(), roles.get(id(frozen))
             if folded_role and role and (adapter := role.master(folded_role)):
-                weight = with_adapter(weight, adapter)
+                kept.append(update_kept(weight, adapter))
+                role.folded = kept[-1] >= FOLD_KEEPS
+                weight = with_adapter(weight, adapter) if role.folded else weight
             if pack:
                 frozen.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype))
             else:
                 frozen.copy = rooms[i].view(weight.shape).copy_(weight)
+        self.folding = Folding.of(kept) if folded_role else self.folding
 
 
 def mkldnn_has_bfloat16() -> bool:
@@ -256,6 +290,24 @@ def with_adapter(weight: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor
     """Return W + s · B A [out, in], computed in float32 and not rounded to less."""
     a, b, scaling = adapter
     return weight.detach().to(torch.float32, copy=True).addmm_(b.detach(), a.detach(), alpha=scaling)
+
+
+def update_kept(weight: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float]) -> float:
+    """Return the share of the update Δ = s · B A that is left when W + Δ is rounded to the dtype of `weight`.
+
+    That is ⟨round(W + Δ) − W, Δ⟩ / ⟨Δ, Δ⟩, on at most `FOLD_ROWS` rows: 0 where every weight is rounded back to what
+    it was, and 1 in float32, or where there is no update.
+
+    Args:
+        weight: W [out, in], rounded already.
+        adapter: A [rank, in], B [out, rank] and s.
+    """
+    a, b, scaling = (adapter[0].detach().float(), adapter[1].detach().float(), adapter[2])
+    rows = slice(None, None, -(-len(b) // FOLD_ROWS))
+    update, before = (b[rows] @ a).mul_(scaling), weight.detach()[rows].float()
+    rounded = (before + update).to(weight.dtype).float() - before
+    size = update.square().sum().item()
+    return 1.0 if size == 0 else (rounded * update).sum().item() / size
 
 
 def dequantized_weight(layer: Any) -> torch.Tensor:

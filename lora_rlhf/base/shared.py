@@ -357,8 +357,9 @@ class SharedBase:
     def expanded(self, role: str) -> Iterator[None]:
         """Play `role` from a temporary 16-bit copy of all layers with its adapter folded in.
 
-        Decoding then neither dequantises nor runs the adapter at each token. No gradients. The copy is rounded to the
-        compute dtype, so its log-probs differ slightly from the trainer's; see `sampler_kl` in the metrics.
+        Decoding then neither dequantises nor runs the adapter at each token, except where rounding would lose the
+        adapter's update: see `RoleLayers.working_copy`. No gradients. The copy is rounded to the compute dtype, so its
+        log-probs differ slightly from the trainer's; see `sampler_kl` in the metrics.
         """
         with self.role(role):
             self._expanded = role

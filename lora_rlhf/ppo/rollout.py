@@ -82,7 +82,7 @@ def sampled_answers(
     decoder = decoder_of(base.causal_lm)
     expand = decoder.reads_working_copy and base.layers.expands(sampling.expand_weights)
     if expand:
-        with base.expanded(role):
+        with base.layers.adapters_cast(role), base.expanded(role):
             return model_answers(decoder, prompts, sampling, tokenizer, generator, None, rows)
     with base.role(role), base.layers.adapters_cast(role):
         return model_answers(decoder, prompts, sampling, tokenizer, generator, base.autocast(), rows)

@@ -259,6 +259,9 @@ class PpoTrainer:
             "seconds_score": scored_at - sampled,
             "seconds_update": ended - scored_at,
         }
+        if self.sampling.expand_weights:
+            folding = self.base.layers.folding
+            metrics |= {"folded_layers": folding.layers, "folded_update_kept": folding.update_kept}
         if self.loss_scale.adapts:
             metrics["loss_scale"] = self.loss_scale.scale
         metrics |= {f"score/{name}": raw.mean().item() for name, raw in scored.raw_scores.items()}

@@ -320,3 +320,9 @@ def test_the_penalty_uses_the_chosen_estimator_and_the_kl_metric_is_always_k1(
     estimate = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[estimator]
     assert metrics["score"] - metrics["reward"] == pytest.approx(estimate.sum(1).mean().item(), rel=1e-4)
     assert metrics["kl"] == pytest.approx(d.sum(1).mean().item(), abs=1e-4)
+
+
+def test_a_step_says_how_much_of_the_adapter_a_copy_would_keep(make_trainer: MakeTrainer) -> None:
+    metrics = make_trainer(expand_weights=True).step()
+    assert metrics["folded_layers"] == 1.0 and metrics["folded_update_kept"] == pytest.approx(1.0, abs=1e-3)  # float32
+    assert not {"folded_layers", "folded_update_kept"} & make_trainer(expand_weights=False).step().keys()
