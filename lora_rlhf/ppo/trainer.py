@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.packing import batches_by_length
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
@@ -23,16 +22,13 @@ from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked
 from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.guards import Answered, Guards, check_finite, repetition
-from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
+from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate
+from lora_rlhf.ppo.minibatch import Batch, Metrics, add_gradients
 from lora_rlhf.ppo.optimization import LossScale, adam, clipped_gradients, learning_rate_share
 from lora_rlhf.ppo.rollout import Rollout, sampled_answers
-from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, state_values, with_rewards
+from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, with_rewards
 from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward
-
-Metrics = dict[str, float]
-LEARNED = ("policy_loss", "clip_fraction", "ratio", "update_kl", "ratio_deviation", "value_loss", "value_clip_fraction")
-"""What a minibatch's update is measured by."""
 
 
 class PpoTrainer:
@@ -331,53 +327,12 @@ class PpoTrainer:
         micro_batch_size: int,
     ) -> Metrics:
         """Add up the gradients of this process's rows of a minibatch; all processes' sum is one pass over all of it."""
-        s = self.settings
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = rollout.action_mask[rows].sum()
-        states = value_mask(rollout.action_mask[rows]).sum()
-        own_value = VALUE in self.base.configs  # else its head reads the policy's states
-        sums: Metrics = dict.fromkeys(LEARNED, 0.0)
-        own_rows = self.processes.learned_rows(rows)
-        for micro in batches_by_length(rollout.mask, own_rows, micro_batch_size) if len(own_rows) else ():
-            ids, mask, action = rollout.ids[micro], rollout.mask[micro], rollout.action_mask[micro]
-            state_mask, old = value_mask(action), scored.logprobs[micro]
-            at = self.processes.own_number(micro, len(rollout.texts))
-            common = None if scored.common is None else scored.common[at]
-            share, state_share = (action.sum() / tokens).item(), (state_mask.sum() / states).item()
-
-            # Backward ends before another role is played; see SharedBase on checkpointing.
-            hidden = self.base.hidden(POLICY, ids, mask, common)
-            logprobs, _ = self.base.response_logprobs(
-                hidden, ids, action, s.temperature, s.logits_chunk_size, with_entropy=False
-            )
-            loss, clipped = policy_loss(logprobs, old, advantages[micro], action, s.cliprange)  # 13.
-            learned: Any = 0.0 if warming else loss * share
-            with torch.no_grad():
-                ratio = torch.exp(logprobs - old)
-                now = {
-                    "policy_loss": loss.item() * share,
-                    "clip_fraction": clipped.item() * share,
-                    "ratio": masked_mean(ratio, action).item() * share,
-                    "update_kl": masked_mean(kl_estimate(old, logprobs, "k3"), action).item() * share,
-                }
-                deviation = ((ratio - 1).abs() * action).max().item()
-            if own_value:
-                if not warming:
-                    (self.loss_scale.scale * learned).backward()
-                del hidden, logprobs, loss, learned
-                hidden, learned = self.base.hidden(VALUE, ids, mask, common), 0.0
-            elif warming:
-                hidden = hidden.detach()  # the policy's adapter stays as it is
-            values = state_values(self.base, hidden, action, self.value_offset)
-            loss, clipped = value_loss(
-                values, scored.values[micro], returns[micro], state_mask, s.cliprange_value
-            )  # 13.
-            (self.loss_scale.scale * (learned + s.vf_coef * loss * state_share)).backward()
-            now |= {"value_loss": loss.item() * state_share, "value_clip_fraction": clipped.item() * state_share}
-            sums = {name: sums[name] + value for name, value in now.items()} | {
-                "ratio_deviation": max(sums["ratio_deviation"], deviation)
-            }
-        return sums
+        batch = Batch(rollout, scored, advantages, returns)
+        return add_gradients(
+            self.base, batch, rows, settings=self.settings, processes=self.processes, value_offset=self.value_offset,
+            loss_scale=self.loss_scale.scale, warming=warming, micro_batch_size=micro_batch_size,
+        )  # fmt: skip
 
     @staticmethod
     def _summary(history: list[Metrics], first_ratio: float, stopped: float) -> Metrics:
