@@ -40,9 +40,17 @@ def load_adam(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 def learning_rate_share(step: int, total: int, warmup_ratio: float) -> float:
-    """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, then down to 0 at `total`."""
+    """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, then down to 0 at `total`.
+
+    Args:
+        step: any number from 0; the scheduler asks once more after the last step, which is `total - 1`.
+        total: steps of the run, at least 1.
+        warmup_ratio: share of the steps over which the rate rises, from 0 to 1; at 1 it never falls before the end.
+    """
     warmup = round(warmup_ratio * total)
-    return (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))
+    if step >= total:
+        return 0.0
+    return (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
 
 
 FIRST_SCALE, LARGEST_SCALE, FINITE_BEFORE_GROWTH = 2.0**16, 2.0**24, 200

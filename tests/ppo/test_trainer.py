@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from trainer_cases import MakeTrainer, same, text_length, watch, weights
 
 from lora_rlhf.base.adapters import read_adapter
@@ -205,11 +207,26 @@ def test_the_learning_rate_is_annealed_to_0(make_trainer: MakeTrainer) -> None:
 
 @pytest.mark.parametrize(
     ("warmup_ratio", "shares"),
-    [(0.0, [1, 0.75, 0.5, 0.25]), (0.25, [1, 1, 2 / 3, 1 / 3]), (0.5, [0.5, 1, 1, 0.5])],
-)
+    [
+        (0.0, [1, 0.75, 0.5, 0.25]), (0.25, [1, 1, 2 / 3, 1 / 3]), (0.5, [0.5, 1, 1, 0.5]),
+        (0.99, [0.25, 0.5, 0.75, 1]), (1.0, [0.25, 0.5, 0.75, 1]),
+    ],
+)  # fmt: skip
 def test_the_learning_rate_rises_over_the_warm_up_first(warmup_ratio: float, shares: list[float]) -> None:
     assert [learning_rate_share(step, 4, warmup_ratio) for step in range(4)] == pytest.approx(shares)
     assert learning_rate_share(4, 4, warmup_ratio) == 0
+
+
+@given(total=st.integers(1, 300), warmup_ratio=st.floats(0, 1))
+def test_whatever_the_warm_up_the_learning_rate_rises_to_its_peak_once_and_falls_to_0(
+    total: int, warmup_ratio: float
+) -> None:
+    shares = [learning_rate_share(step, total, warmup_ratio) for step in range(total + 3)]
+    assert max(shares) == 1 and shares[total:] == [0, 0, 0]
+    assert all(0 < share <= 1 for share in shares[:total])
+    peak = shares.index(1)
+    assert shares[: peak + 1] == sorted(shares[: peak + 1])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)
 
 
 def test_the_optimizer_is_adam_with_epsilon_1e_5_over_policy_and_value_alone(make_trainer: MakeTrainer) -> None:
