@@ -219,6 +219,7 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
     for name in (
         "ppo.value_learning_rate",
         "ppo.sampler_correction",
+        "ppo.score_clip",
         "ppo.rollout_batch_size",
         "ppo.logits_chunk_size",
         "ppo.max_stopped_updates",

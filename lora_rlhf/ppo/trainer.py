@@ -29,6 +29,7 @@ from lora_rlhf.ppo.rollout import Rollout, sampled_answers
 from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, with_rewards
 from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward
+from lora_rlhf.terminal import note
 
 
 class PpoTrainer:
@@ -101,7 +102,11 @@ class PpoTrainer:
             part = chosen[start : start + self.settings.batch_size]
             batches.append(answers_of(self._rollout(REFERENCE, part), *self._prompts_and_columns(part)))
         if self.processes.is_main:  # a reward need not say the same twice, and the scales are those of all
-            self.reward.fit(*batches)
+            for name in self.reward.fit(*batches):
+                note(
+                    f"  reward source {name}: its scores of the reference's {len(chosen)} answers have no spread to be "
+                    f"divided by; they count as they are, less their mean of {self.reward.scales[name].mean:g}"
+                )
         self.reward.scales = self.processes.from_main(self.reward.scales)
 
     def _start_value_role(self) -> None:
@@ -154,7 +159,8 @@ class PpoTrainer:
 
         own, problem = self.batches.within_memory("scoring_batch_size", scored), None
         try:
-            own = with_rewards(own, self.reward, answers)  # a reward function is called once, whatever memory does
+            # a reward function is called once, whatever memory does
+            own = with_rewards(own, self.reward, answers, self.settings.score_clip)
         except NotFinite as error:
             problem = str(error)
         if problem := self.processes.first(problem):  # all processes skip the step, or none
@@ -257,6 +263,8 @@ class PpoTrainer:
         }
         if self.loss_scale.adapts:
             metrics["loss_scale"] = self.loss_scale.scale
+        if s.score_clip is not None:
+            metrics["score_clip_fraction"] = self.reward.clipped_share(scored.raw_scores, s.score_clip)
         metrics |= {f"score/{name}": raw.mean().item() for name, raw in scored.raw_scores.items()}
         self.kl.update(answer_kl, s.batch_size)  # 17.
         self.stopped_early = self.guards.note_taken(s, bool(learning["update_stopped"]))

@@ -69,6 +69,36 @@ def test_scales_that_are_there_already_are_kept(make_trainer: MakeTrainer) -> No
     assert make_trainer(text_length, scales=scales).reward.scales == scales
 
 
+def test_a_reward_without_spread_is_said_once_and_its_first_success_counts_one(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def success(completions: Any, **_: Any) -> list[float]:
+        calls.append(1)
+        return [0.0] * (len(completions) - 1) + [float(len(calls) > 2)]  # two calls for the scales
+
+    trainer = make_trainer(success, score_clip=None)
+    assert trainer.reward.scales == {"function": ScoreScale(0.0, 1.0)}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "reward source function: its scores of the reference's 8 answers have no spread" in said
+    metrics = trainer.step()
+    assert metrics["score"] == 0.25 and metrics["value_loss"] < 10 and "score_clip_fraction" not in metrics
+    make_trainer(success, scales=trainer.reward.scales)  # a resumed run
+    assert "no spread" not in capsys.readouterr().out
+
+
+def test_clipped_scores_are_counted_and_the_raw_ones_stay_as_they_are(make_trainer: MakeTrainer) -> None:
+    def outlier(completions: Any, **_: Any) -> list[float]:
+        return [1e6] + [2.0] * (len(completions) - 1)
+
+    trainer = make_trainer(outlier, scales={"function": ScoreScale(0.0, 1.0)}, score_clip=3.0, missing_eos_penalty=0.0)
+    metrics = trainer.step()
+    assert metrics["score"] == pytest.approx((3 + 3 * 2) / 4) and metrics["score_clip_fraction"] == 0.25
+    assert metrics["score/function"] == pytest.approx((1e6 + 6) / 4)
+    assert metrics["value_loss"] < 10
+
+
 def test_an_answer_without_end_loses_the_penalty(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(text_length, batch_size=16, missing_eos_penalty=2.5, kl_coef=0.0)
     penalised = trainer.penalised(torch.tensor([1.0, 1.0]), torch.tensor([True, False]))
