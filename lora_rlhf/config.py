@@ -99,7 +99,10 @@ class PpoSettings:
     learning_rate: float = setting(5e-5, "Adam's peak learning rate for the policy adapter, annealed linearly to 0.")
     value_learning_rate: float | None = setting(None, "The same for the value adapter; none: learning_rate.")
     warmup_ratio: float = setting(0.0, "Share of the steps over which both learning rates rise to their peak first.")
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm, over policy and value together.")
+    max_grad_norm: float = setting(
+        1.0,
+        "The policy's gradient is clipped to this norm, and the value's (adapter and head) to the same, each apart.",
+    )
     response_length: int = setting(128, "Most tokens sampled per answer.")
     temperature: float = setting(1.0, "Divides the logits in sampling and in every log-probability alike.")
     stop_strings: list[str] = setting(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,28 +101,36 @@ class LossScale:
 
 def clipped_gradients(
     minibatch: Callable[[], dict[str, float]],
-    parameters: Sequence[torch.nn.Parameter],
+    parameters: Mapping[str, Sequence[torch.nn.Parameter]],
     max_norm: float,
     loss_scale: LossScale,
-) -> tuple[dict[str, float], torch.Tensor]:
-    """Leave the clipped gradient of a minibatch in its parameters; return its numbers and the norm before clipping.
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Leave the clipped gradient of a minibatch in its parameters; return its numbers and the norms before clipping.
+
+    Each role's gradient is clipped by its own norm: by a common one, a value head of large gradient would shorten the
+    policy's steps.
 
     Where float16 overflows, the same minibatch is tried again with a smaller scale, so that none is lost. What is not
     finite in the forward pass, or at scale 1 either, is no fault of the scale, which is then left as it was.
 
     Args:
         minibatch: takes the gradient of the scaled loss, anew each time, and returns the numbers of its forward pass.
-        parameters: all that learn.
-        max_norm: of the gradient.
+        parameters: all that learn, by role.
+        max_norm: of a role's gradient.
         loss_scale: is changed.
+
+    Returns:
+        The numbers of the last forward pass, and the norm by role; 0 for a role that no gradient reached.
     """
     first = loss_scale.scale
     while True:
         numbers = minibatch()
-        loss_scale.unscale(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        if not loss_scale.adapts or bool(torch.isfinite(norm)):
-            return numbers, norm
+        norms = {}
+        for role, own in parameters.items():
+            loss_scale.unscale(own)
+            norms[role] = torch.nn.utils.clip_grad_norm_(own, max_norm)
+        if not loss_scale.adapts or all(bool(torch.isfinite(norm)) for norm in norms.values()):
+            return numbers, norms
         if not all(map(math.isfinite, numbers.values())) or not loss_scale.shrink():
             loss_scale.scale = first
-            return numbers, norm
+            return numbers, norms

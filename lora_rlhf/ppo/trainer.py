@@ -305,14 +305,14 @@ class PpoTrainer:
                     part = rows.to(self.base.device)
                     accumulate = partial(self._accumulate, rollout, scored, advantages, returns, part, warming)
                     minibatch = partial(self._summed_gradients, accumulate, everything)
-                    now, norm = clipped_gradients(minibatch, everything, s.max_grad_norm, self.loss_scale)
+                    now, norms = clipped_gradients(minibatch, self.parameters, s.max_grad_norm, self.loss_scale)
                     if not history:
                         first_ratio = now["ratio_deviation"]  # 19.
                     history.append(now)
                     if s.update_kl_limit is not None and now["update_kl"] > s.update_kl_limit:
                         return self._summary(history, first_ratio, stopped=1.0)
-                    now["grad_norm"] = norm.item()
-                    check_finite(gradient=norm)
+                    check_finite(gradient=norms[POLICY], value_gradient=norms[VALUE])
+                    now |= {"grad_norm": norms[POLICY].item(), "value_grad_norm": norms[VALUE].item()}
                     self.optimizer.step()
                     self.loss_scale.note_finite()
         return self._summary(history, first_ratio, stopped=0.0)

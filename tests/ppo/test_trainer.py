@@ -277,16 +277,45 @@ def test_the_paged_optimizer_without_cuda_says_what_to_set(make_trainer: MakeTra
         make_trainer(optim="paged_adam_8bit")
 
 
-def test_gradients_are_clipped_to_one_norm_over_policy_and_value(make_trainer: MakeTrainer) -> None:
-    trainer, learned_from = make_trainer(max_grad_norm=1e-3), []
+def gradient_norms(trainer: PpoTrainer) -> list[list[float]]:
+    """The norms of policy's and value's gradient, at each optimizer step to come."""
+    found: list[list[float]] = []
 
     def noted(*_: Any) -> None:
-        both = [p.grad for role in (POLICY, VALUE) for p in trainer.base.parameters(role)]
-        learned_from.append(torch.nn.utils.get_total_norm(both).item())
+        gradients = [[p.grad for p in trainer.parameters[role] if p.grad is not None] for role in (POLICY, VALUE)]
+        found.append([torch.nn.utils.get_total_norm(own).item() for own in gradients])
 
     trainer.optimizer.register_step_pre_hook(noted)
-    assert trainer.step()["grad_norm"] > 1e-3
-    assert learned_from and learned_from == pytest.approx([1e-3] * len(learned_from), rel=0.01)
+    return found
+
+
+@pytest.mark.parametrize("value_model", ["adapter", "head"])
+def test_the_gradients_of_policy_and_value_are_clipped_each_to_the_norm(
+    make_trainer: MakeTrainer, value_model: str
+) -> None:
+    trainer = make_trainer(max_grad_norm=1e-3, value_model=value_model)
+    learned_from = gradient_norms(trainer)
+    metrics = trainer.step()
+    assert metrics["grad_norm"] > 1e-3 and metrics["value_grad_norm"] > 1e-3
+    assert learned_from == [pytest.approx([1e-3, 1e-3], rel=0.01)]
+
+
+def test_a_large_gradient_of_the_value_does_not_shorten_the_policys_step(make_trainer: MakeTrainer) -> None:
+    plain, loud = (make_trainer(max_grad_norm=1e3, vf_coef=vf_coef) for vf_coef in (0.1, 1e6))
+    norms = [gradient_norms(plain), gradient_norms(loud)]
+    metrics = [trainer.step() for trainer in (plain, loud)]
+    assert metrics[0]["value_grad_norm"] < 1e3 < metrics[1]["value_grad_norm"]
+    (one,), (other,) = norms
+    assert one[0] == other[0] == pytest.approx(metrics[0]["grad_norm"], rel=1e-6)
+    assert other[1] == pytest.approx(1e3, rel=0.01)
+    assert same(weights(plain, POLICY), weights(loud, POLICY))
+
+
+def test_a_policy_that_waits_for_the_value_has_a_gradient_of_0(make_trainer: MakeTrainer) -> None:
+    for value_model in ("adapter", "head"):
+        trainer = make_trainer(value_warmup_steps=1, value_model=value_model)
+        first, second = trainer.step(), trainer.step()
+        assert first["grad_norm"] == 0 < min(first["value_grad_norm"], second["grad_norm"])
 
 
 def test_gradients_take_no_memory_between_the_updates(make_trainer: MakeTrainer) -> None:
