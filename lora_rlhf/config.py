@@ -156,8 +156,11 @@ class PpoSettings:
         "Truncated importance sampling: a token's policy loss is weighed by how much likelier the trainer finds it "
         "than the sampler did, at most by this much; none: not weighed.",
     )
-    value_model: Literal["adapter", "head"] = setting(
-        "adapter", "Values come from an adapter of their own, or from a head on the policy's states: faster, smaller."
+    value_model: Literal["adapter", "head", "detached_head"] = setting(
+        "adapter",
+        "Values come from an adapter of their own, or from a head on the policy's states, which is faster and smaller. "
+        "With head the policy's adapter learns from the value loss too, vf_coef times; with detached_head it does not, "
+        "and the head alone learns values.",
     )
     mixed_adapter_scoring: bool = setting(
         False, "Score policy, reference, reward and value in one mixed-adapter pass instead of one pass each."
@@ -171,6 +174,11 @@ class PpoSettings:
         "Empty: the run's own reward adapter. A function is code that is imported and run, the only code that a config "
         "can name: read it first where the config is not yours.",
     )
+
+    @property
+    def trains_value_adapter(self) -> bool:
+        """Whether the value role has an adapter of its own; else it is a head on the policy's states."""
+        return self.value_model == "adapter"
 
 
 @dataclass

@@ -190,7 +190,7 @@ class Planner:
 
     def standing_bytes(self) -> float:
         """Return what stands throughout PPO, without a working copy."""
-        adapters = 2 if self.config.ppo.value_model == "head" else 3
+        adapters = 3 if self.config.ppo.trains_value_adapter else 2
         parts = self._standing(adapters, self._trained(), self.config.ppo.optim, expand=False)
         return sum(parts.values())
 
@@ -203,12 +203,12 @@ class Planner:
         """Return the peaks of the three parts of a PPO step."""
         c, s = self.config, self.config.ppo
         longest = c.max_prompt_length + s.response_length
-        adapters = 2 if s.value_model == "head" else 3
+        adapters = 3 if s.trains_value_adapter else 2
         standing = self._standing(adapters, self._trained(), s.optim, self.expand)
         decoded = min(s.rollout_batch_size or s.batch_size, s.batch_size)
         scored = min(s.scoring_batch_size, s.batch_size)
         micro = min(s.micro_batch_size, s.batch_size // s.num_mini_batches)
-        roles = (2 if s.value_model == "head" else 3) + 1
+        roles = adapters + 1
         cache = decoded * longest * self.shape.layers * 2 * self.shape.key_width * self.width
         rollout = self._cast_adapters(0 if self.expand else 1) | {
             "keys and values": cache,
@@ -269,7 +269,7 @@ class Planner:
         return sum(self.config.lora.r * (one.inputs + one.outputs) for one in self.shape.linears if self._adapted(one))
 
     def _trained(self) -> int:
-        return self.adapter_parameters() * (1 if self.config.ppo.value_model == "head" else 2)
+        return self.adapter_parameters() * (2 if self.config.ppo.trains_value_adapter else 1)
 
     def _adapted(self, linear: LinearShape) -> bool:
         lora = self.config.lora

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -84,9 +84,10 @@ def test_several_processes_copy_64_mib_of_gradients_to_sum_them(
     assert reward.parts["sum of gradients"] == reward.parts["gradients"] == 4 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
 
 
-def test_a_value_head_saves_an_adapter_and_its_optimizer(mistral: ModelShape) -> None:
+@pytest.mark.parametrize("value_model", ["head", "detached_head"])
+def test_a_value_head_saves_an_adapter_and_its_optimizer(mistral: ModelShape, value_model: Literal["head"]) -> None:
     config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
-    head = replace(config, ppo=replace(config.ppo, value_model="head"))
+    head = replace(config, ppo=replace(config.ppo, value_model=value_model))
     both = [Planner(c, mistral, True, False).ppo_stages()[2].parts for c in (config, head)]
     assert both[0]["adapters"] / both[1]["adapters"] == 1.5 and both[0]["optimizer"] == 2 * both[1]["optimizer"]
 

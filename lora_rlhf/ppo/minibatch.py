@@ -71,7 +71,6 @@ def add_gradients(
     # X, batch.scored, batch.advantages, batch.returns
     tokens = rollout.action_mask[rows].sum()
     states = value_mask(rollout.action_mask[rows]).sum()
-    own_value = VALUE in base.configs  # else its head reads the policy's states
     sums: Metrics = dict.fromkeys(LEARNED, 0.0)
     own_rows = processes.learned_rows(rows)
     for micro in batches_by_length(rollout.mask, own_rows, micro_batch_size) if len(own_rows) else ():
@@ -97,13 +96,13 @@ def add_gradients(
                 "update_kl": masked_mean(kl_estimate(old, logprobs, "k3"), action).item() * share,
             }
             deviation = ((ratio - 1).abs() * action).max().item()
-        if own_value:
+        if s.trains_value_adapter:
             if not warming:
                 (loss_scale * learned).backward()
             del hidden, logprobs, loss, learned
             hidden, learned = base.hidden(VALUE, ids, mask, common), 0.0
-        elif warming:
-            hidden = hidden.detach()  # the policy's adapter stays as it is
+        elif warming or s.value_model == "detached_head":
+            hidden = hidden.detach()  # no value gradient reaches the policy's adapter
         values = state_values(base, hidden, action, value_offset)
         loss, clipped = value_loss(values, scored.values[micro], returns[micro], state_mask, s.cliprange_value)  # 13.
         (loss_scale * (learned + s.vf_coef * loss * state_share)).backward()

@@ -110,7 +110,7 @@ class PpoTrainer:
         self.reward.scales = self.processes.from_main(self.reward.scales)
 
     def _start_value_role(self) -> None:
-        if self.settings.value_model == "head":
+        if not self.settings.trains_value_adapter:
             self.base.add_head(VALUE, torch.zeros(1, self.base.hidden_size))
             return
         adapters = [s for s in self.reward.sources if isinstance(s, AdapterReward)]

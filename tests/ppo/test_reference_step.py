@@ -35,7 +35,7 @@ class SlowPpo:
         self.models["reference"] = load_causal_lm(config)
         for role in ("reward", "value"):
             self.heads[role] = torch.nn.Parameter(trainer.base.heads[role].weight.detach().clone())
-        self.value_role = "policy" if config.ppo.value_model == "head" else "value"
+        self.value_role = "value" if config.ppo.value_model == "adapter" else "policy"
         trained = dict.fromkeys(("policy", self.value_role))
         self.parameters = [p for r in trained for p in self.models[r].parameters() if p.requires_grad]
         self.policy_count = sum(p.requires_grad for p in self.models["policy"].parameters())
@@ -56,6 +56,8 @@ class SlowPpo:
 
     def values(self, prompt, answer):
         states, _ = self.states(self.value_role, prompt + answer)
+        if self.s.value_model == "detached_head":
+            states = states.detach()
         shift = self.scale.mean / self.scale.std if self.value_role == "value" else 0.0
         return (
             torch.stack([states[len(prompt) - 1 + t] @ self.heads["value"][0] for t in range(len(answer) + 1)]) - shift
@@ -133,6 +135,8 @@ FAST_PATHS = {
     "small batches": {"rollout_batch_size": 2, "scoring_batch_size": 4, "micro_batch_size": 1},
     "value head": {"value_model": "head"},
     "value head, checkpointing": {"value_model": "head", "gradient_checkpointing": True, "expand_weights": False},
+    "detached value head": {"value_model": "detached_head"},
+    "detached value head, checkpointing": {"value_model": "detached_head", "gradient_checkpointing": True},
 }
 
 

@@ -141,8 +141,12 @@ def test_the_value_role_starts_as_the_reward_role_with_its_head_at_the_normalise
     assert trainer.normalization()["value_offset"] == trainer.value_offset != 0.0
 
 
-def test_a_value_head_reads_the_policys_states_and_starts_at_0(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(value_model="head")
+HEADS = pytest.mark.parametrize("value_model", ["head", "detached_head"])
+
+
+@HEADS
+def test_a_value_head_reads_the_policys_states_and_starts_at_0(make_trainer: MakeTrainer, value_model: str) -> None:
+    trainer = make_trainer(value_model=value_model)
     assert VALUE not in trainer.base.configs and len(trainer.parameters[VALUE]) == 1
     rollout, scored = rolled_and_scored(trainer)
     assert (scored.values == 0).all()
@@ -157,10 +161,27 @@ def test_a_value_head_reads_the_policys_states_and_starts_at_0(make_trainer: Mak
         torch.testing.assert_close(scored.values[i, : end + 1], expected.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_a_value_head_warms_up_without_the_policy_and_is_saved_with_its_adapter(
-    make_trainer: MakeTrainer, tmp_path: Path
+@pytest.mark.parametrize(("value_model", "learns_values"), [("head", True), ("detached_head", False)])
+def test_the_policys_adapter_learns_values_from_a_head_unless_it_is_detached(
+    make_trainer: MakeTrainer, value_model: str, learns_values: bool
 ) -> None:
-    trainer = make_trainer(value_model="head", value_warmup_steps=1)
+    """With no advantage there is nothing else to learn."""
+    trainer = make_trainer(value_model=value_model)
+    with torch.no_grad():
+        trainer.base.heads[VALUE].weight.fill_(0.1)  # type: ignore[operator]
+    rollout, scored = rolled_and_scored(trainer, 4)
+    nothing = torch.zeros_like(scored.logprobs)
+    with trainer.base.training():
+        trainer._accumulate(rollout, scored, nothing, scored.values + 1, torch.arange(4), False, 4)
+    gradients = {role: sum(p.grad.abs().sum() for p in trainer.parameters[role]) for role in (POLICY, VALUE)}  # type: ignore[union-attr]
+    assert (gradients[POLICY] > 0) == learns_values and gradients[VALUE] > 0
+
+
+@HEADS
+def test_a_value_head_warms_up_without_the_policy_and_is_saved_with_its_adapter(
+    make_trainer: MakeTrainer, tmp_path: Path, value_model: str
+) -> None:
+    trainer = make_trainer(value_model=value_model, value_warmup_steps=1)
     for step in range(2):
         policy, value = weights(trainer, POLICY), weights(trainer, VALUE)
         trainer.step()
@@ -289,7 +310,7 @@ def gradient_norms(trainer: PpoTrainer) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("value_model", ["adapter", "head"])
+@pytest.mark.parametrize("value_model", ["adapter", "head", "detached_head"])
 def test_the_gradients_of_policy_and_value_are_clipped_each_to_the_norm(
     make_trainer: MakeTrainer, value_model: str
 ) -> None:
@@ -312,7 +333,7 @@ def test_a_large_gradient_of_the_value_does_not_shorten_the_policys_step(make_tr
 
 
 def test_a_policy_that_waits_for_the_value_has_a_gradient_of_0(make_trainer: MakeTrainer) -> None:
-    for value_model in ("adapter", "head"):
+    for value_model in ("adapter", "head", "detached_head"):
         trainer = make_trainer(value_warmup_steps=1, value_model=value_model)
         first, second = trainer.step(), trainer.step()
         assert first["grad_norm"] == 0 < min(first["value_grad_norm"], second["grad_norm"])
