@@ -18,7 +18,8 @@ from lora_rlhf import memory
 from lora_rlhf.config import PpoSettings, RunConfig
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.errors import UserError
-from lora_rlhf.memory_plan import ModelShape, Planner, expands, fitting_changes, peaks, shape_of
+from lora_rlhf.memory_advice import fitting_changes
+from lora_rlhf.memory_plan import ModelShape, Planner, expands, peaks, shape_of
 
 GIB = 2**30
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
