@@ -118,7 +118,11 @@ class PpoSettings:
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k1", "Per-token KL estimate: k1 = -log r, k2, or k3.")
     adaptive_kl: bool = setting(False, "Adapt kl_coef to hold the KL of an answer at kl_target.")
     kl_target: float = setting(6.0, "Target KL per answer (nats) of the adaptive controller.")
-    kl_horizon: int = setting(10_000, "Horizon (answers) of the adaptive controller.")
+    kl_horizon: int = setting(
+        10_000,
+        "Horizon (answers) of the adaptive controller: over a run the coefficient changes at most by the factor "
+        "exp(0.2 * total_steps * batch_size / kl_horizon), up or down. At least batch_size.",
+    )
     max_kl: float | None = setting(50.0, "Stop PPO when the mean KL per answer (nats) passes this; none: never.")
     update_kl_limit: float | None = setting(
         0.2, "End a step's passes early when new and old policy differ by more (nats per token); none: never."
