@@ -123,12 +123,17 @@ class PpoSettings:
         "Horizon (answers) of the adaptive controller: over a run the coefficient changes at most by the factor "
         "exp(0.2 * total_steps * batch_size / kl_horizon), up or down. At least batch_size.",
     )
-    max_kl: float | None = setting(50.0, "Stop PPO when the mean KL per answer (nats) passes this; none: never.")
+    max_kl: float | None = setting(
+        50.0,
+        "Stop PPO when the mean KL per answer (nats) passes this, and go back to the last policy within; none: never.",
+    )
     update_kl_limit: float | None = setting(
         0.2, "End a step's passes early when new and old policy differ by more (nats per token); none: never."
     )
     max_stopped_updates: int | None = setting(
-        5, "Stop PPO when so many steps in a row ended at update_kl_limit; none: never."
+        5,
+        "Stop PPO when so many steps in a row ended at update_kl_limit; none: never. The last policy is kept: each of "
+        "those steps ended where it went too far, and max_kl looks after the distance from the reference.",
     )
     max_skipped_steps: int | None = setting(
         3, "Steps in a row that may be skipped for NaN or infinity; one more ends the run. None: any number."

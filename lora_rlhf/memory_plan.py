@@ -28,6 +28,8 @@ PROCESS_BYTES = 690 * 2**20
 """On a CPU: resident memory of Python with torch, transformers, peft, datasets and oneDNN's kernels, no model."""
 HEAP_SHARE = 1.5
 """On a CPU: what comes and goes takes this many times its size, for glibc's heap keeps holes between blocks."""
+COPY_WITHIN_LIMIT = "copy within max_kl"
+"""Name of a part: policy and value as `ppo.max_kl` may go back to them."""
 CONTEXT_BYTES = 600 * 2**20
 """What CUDA itself takes of a card, beside what torch allocates."""
 
@@ -174,7 +176,8 @@ class Planner:
             plans.append(StagePlan("merge", standing | {"16-bit weights": self.merge_bytes()}))
         if c.instruct_model_name_or_path is not None:  # the Instruct model beside the base, in 4 bits too
             rollout = next(plan for plan in plans if plan.name == "ppo: rollout").parts
-            plans.append(StagePlan("compare", rollout | {"weights": 2 * rollout["weights"], "optimizer": 0.0}))
+            parts = {name: size for name, size in rollout.items() if name not in ("optimizer", COPY_WITHIN_LIMIT)}
+            plans.append(StagePlan("compare", parts | {"weights": 2 * rollout["weights"]}))
         return plans
 
     def merge_bytes(self) -> float:
@@ -189,9 +192,7 @@ class Planner:
 
     def standing_bytes(self) -> float:
         """Return what stands throughout PPO, without a working copy."""
-        adapters = 3 if self.config.ppo.trains_value_adapter else 2
-        parts = self._standing(adapters, self._trained(), self.config.ppo.optim, expand=False)
-        return sum(parts.values())
+        return sum(self._ppo_standing(expand=False).values())
 
     def copy_bytes(self) -> float:
         """Return what a working copy takes: of every layer in 4 bits, else of the adapted ones."""
@@ -203,7 +204,7 @@ class Planner:
         c, s = self.config, self.config.ppo
         longest = c.max_prompt_length + s.response_length
         adapters = 3 if s.trains_value_adapter else 2
-        standing = self._standing(adapters, self._trained(), s.optim, self.expand)
+        standing = self._ppo_standing(self.expand)
         decoded = min(s.rollout_batch_size or s.batch_size, s.batch_size)
         scored = min(s.scoring_batch_size, s.batch_size)
         micro = min(s.micro_batch_size, s.batch_size // s.num_mini_batches)
@@ -251,6 +252,14 @@ class Planner:
         """Return the gradients, and the part of them that is copied to be summed over processes."""
         parts = {"gradients": 4.0 * trained}
         return parts if self.processes == 1 else parts | {"sum of gradients": min(BUCKET_BYTES, 4.0 * trained)}
+
+    def _ppo_standing(self, expand: bool) -> dict[str, float]:
+        """Return what stands throughout PPO."""
+        s = self.config.ppo
+        parts = self._standing(3 if s.trains_value_adapter else 2, self._trained(), s.optim, expand)
+        if s.max_kl is not None and not self.on_cuda:  # beside a card it is in main memory, where there is room
+            parts[COPY_WITHIN_LIMIT] = 4.0 * self._trained()
+        return parts
 
     def _standing(self, adapters: int, trained: float, optim: str, expand: bool) -> dict[str, float]:
         four_bit = self.config.load_in_4bit

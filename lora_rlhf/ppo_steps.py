@@ -113,7 +113,7 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
                     warned.add(kind)
                     note(f"  warning: {text}")
             stop = trainer.processes.any(bool(asked.asked))  # all of them at the same step
-            if trainer.step_count in kept_steps and run.writes:
+            if trainer.step_count in kept_steps and run.writes and not trainer.stopped_early:
                 trainer.base.save_adapter(POLICY, run / "policy_snapshots" / f"step_{trainer.step_count:06d}")
             last = trainer.step_count >= total or trainer.stopped_early  # what is left of the stage may fail
             if stop or last or _is_due(config, trainer.step_count, time.monotonic() - saved):
@@ -179,7 +179,8 @@ def _save(trainer: PpoTrainer, run: RunDirectory) -> bool:
     write = functools.partial(write_trainer, trainer, run.config, run / METRICS)
     numbers = sum(parameter.numel() for own in trainer.parameters.values() for parameter in own)
     try:
-        check_space_of_checkpoint(run.path, trainer.step_count, numbers)
+        copied = numbers if trainer.within_limit.step else 0
+        check_space_of_checkpoint(run.path, trainer.step_count, numbers, copied)
         write_checkpoint(run / "checkpoints" / "ppo", trainer.step_count, write, run.config.save_total_limit)
     except UserError as error:
         note(f"  no checkpoint of step {trainer.step_count}: {error}; the run goes on")

@@ -93,6 +93,21 @@ def test_a_value_head_saves_an_adapter_and_its_optimizer(mistral: ModelShape, va
     assert both[0]["adapters"] / both[1]["adapters"] == 1.5 and both[0]["optimizer"] == 2 * both[1]["optimizer"]
 
 
+@pytest.mark.parametrize(("value_model", "trained"), [("adapter", 2), ("head", 1), ("detached_head", 1)])
+def test_what_max_kl_goes_back_to_takes_4_bytes_a_trained_parameter_of_main_memory(
+    mistral: ModelShape, value_model: Literal["head"], trained: int
+) -> None:
+    config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    config = replace(config, ppo=replace(config.ppo, value_model=value_model))
+    never = replace(config, ppo=replace(config.ppo, max_kl=None))
+    for on_cuda in (False, True):
+        with_copy, without = (Planner(c, mistral, on_cuda, False) for c in (config, never))
+        copy = 0 if on_cuda else 4 * trained * 41_943_040
+        assert with_copy.standing_bytes() - without.standing_bytes() == copy
+        more = {one.name: one.total - two.total for one, two in zip(with_copy.stages(), without.stages(), strict=True)}
+        assert more == {name: copy if name.startswith("ppo") else 0 for name in more}
+
+
 @pytest.mark.parametrize(("name", "gib"), [("mistral_7b_24gb.yaml", 24), ("mistral_7b_16gb.yaml", 16)])
 def test_the_mistral_configs_fit_their_cards_with_a_fifth_to_spare(name: str, gib: int, mistral: ModelShape) -> None:
     usable, on_cuda = memory.usable_bytes(gib)

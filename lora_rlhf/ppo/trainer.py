@@ -22,6 +22,7 @@ from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked
 from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.guards import Answered, Guards, check_finite, repetition
+from lora_rlhf.ppo.kl_limit import PolicyWithinLimit
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate
 from lora_rlhf.ppo.minibatch import Batch, Metrics, add_gradients
 from lora_rlhf.ppo.optimization import LossScale, adam, clipped_gradients, learning_rate_share
@@ -71,6 +72,7 @@ class PpoTrainer:
         self.stopped_early: str | None = None
         self.value_offset = 0.0
         self.guards = Guards()
+        self.within_limit = PolicyWithinLimit()
         self.answered: Answered | None = None
         self.skip_reason = ""
         self.kl = FixedKl(settings.kl_coef)
@@ -229,15 +231,18 @@ class PpoTrainer:
             check_finite(score=scored.score, log_probability=scored.logprobs, value=scored.values)
             self.answered = replace(self.answered, scores=scored.score.tolist())
             kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
+            mask = rollout.action_mask
+            answer_kl = ((scored.logprobs - scored.reference) * mask).sum(1).mean().item()
+            answer_kl = self.processes.from_main(answer_kl)  # all processes stop at the same step
             advantages, returns = self.targets(rollout, scored, kl)
             scored_at = time.perf_counter()
             trim_heap()
-            learning = self.update(rollout, scored, advantages, returns)
+            learning: Metrics = {}
+            if not (passed := self._passes_limit(answer_kl)):
+                learning = self.update(rollout, scored, advantages, returns)
         self.optimizer.zero_grad(set_to_none=True)  # gradients take no memory in the next rollout
         ended = time.perf_counter()
 
-        mask = rollout.action_mask
-        answer_kl = ((scored.logprobs - scored.reference) * mask).sum(1).mean().item()
         self.step_count += 1
         self.episodes += s.batch_size
         metrics: Metrics = {
@@ -267,12 +272,21 @@ class PpoTrainer:
             metrics["score_clip_fraction"] = self.reward.clipped_share(scored.raw_scores, s.score_clip)
         metrics |= {f"score/{name}": raw.mean().item() for name, raw in scored.raw_scores.items()}
         self.kl.update(answer_kl, s.batch_size)  # 17.
-        self.stopped_early = self.guards.note_taken(s, bool(learning["update_stopped"]))
-        if s.max_kl is not None and answer_kl > s.max_kl:
-            self.stopped_early = f"KL per answer {answer_kl:.1f} passed ppo.max_kl {s.max_kl:g}"
-        if self.stopped_early:
-            self.stopped_early += f" at step {self.step_count}"
+        if passed:
+            self.within_limit.restore(self.parameters)
+            assert s.max_kl is not None
+            self.stopped_early = self.within_limit.said(answer_kl, s.max_kl, self.step_count)
+            return metrics | {"back_to_step": self.within_limit.step or self.step_count}
+        if reason := self.guards.note_taken(s, bool(learning["update_stopped"])):
+            self.stopped_early = f"{reason} at step {self.step_count}"
         return metrics
+
+    def _passes_limit(self, kl: float) -> bool:
+        """Return whether the policy's KL is past `max_kl`; where it is within, keep what the step begins with."""
+        limit = self.settings.max_kl
+        if limit is not None and kl <= limit:  # what is not a number is neither: the step is skipped
+            self.within_limit.keep(self.parameters, self.step_count + 1, kl)
+        return limit is not None and kl > limit
 
     def penalised(self, score: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """8. Return the score, less the penalty where the answer did not end."""
