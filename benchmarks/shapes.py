@@ -164,4 +164,4 @@ def update_flops(settings: PpoSettings, body: float, head: float, prompt: float,
 
 def _trained_roles(settings: PpoSettings) -> int:
     """Return how many adapters learn: the policy's, and the value's unless it is only a head."""
-    return 1 if settings.value_model == "head" else 2
+    return 2 if settings.trains_value_adapter else 1

@@ -71,9 +71,16 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def check_space_of_checkpoint(folder: Path, step: int, numbers: int) -> None:
-    """Raise `UserError` where the disk of `folder` has no room for two checkpoints of `numbers` learned numbers."""
-    check_space(folder, 2 * numbers * BYTES_OF_A_NUMBER, f"a checkpoint of step {step}")
+def check_space_of_checkpoint(folder: Path, step: int, numbers: int, copied: int = 0) -> None:
+    """Raise `UserError` where the disk of `folder` has no room for two checkpoints.
+
+    Args:
+        folder: on the disk.
+        step: of the checkpoint.
+        numbers: that are learned.
+        copied: numbers of which a copy in float32 is there too, without moments.
+    """
+    check_space(folder, 2 * (numbers * BYTES_OF_A_NUMBER + 4 * copied), f"a checkpoint of step {step}")
 
 
 def write_manifest(folder: Path) -> None:

@@ -99,24 +99,41 @@ class PpoSettings:
     learning_rate: float = setting(5e-5, "Adam's peak learning rate for the policy adapter, annealed linearly to 0.")
     value_learning_rate: float | None = setting(None, "The same for the value adapter; none: learning_rate.")
     warmup_ratio: float = setting(0.0, "Share of the steps over which both learning rates rise to their peak first.")
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this global norm, over policy and value together.")
+    max_grad_norm: float = setting(
+        1.0,
+        "The policy's gradient is clipped to this norm, and the value's (adapter and head) to the same, each apart.",
+    )
     response_length: int = setting(128, "Most tokens sampled per answer.")
     temperature: float = setting(1.0, "Divides the logits in sampling and in every log-probability alike.")
     stop_strings: list[str] = setting(
         [], "An answer ends before the first of these, besides at EOS. A line break in bash: $'\\n\\nHuman:'."
     )
     missing_eos_penalty: float = setting(1.0, "Taken off the normalised score of an answer that does not end.")
+    score_clip: float | None = setting(
+        5.0,
+        "In training each source's normalised score is held within ± this, so that one answer cannot outweigh all "
+        "others; comparison and evaluation show what was measured. None: never.",
+    )
     kl_coef: float = setting(0.05, "Weight of the KL penalty in each token's reward (its start value if adaptive).")
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k1", "Per-token KL estimate: k1 = -log r, k2, or k3.")
     adaptive_kl: bool = setting(False, "Adapt kl_coef to hold the KL of an answer at kl_target.")
     kl_target: float = setting(6.0, "Target KL per answer (nats) of the adaptive controller.")
-    kl_horizon: int = setting(10_000, "Horizon (answers) of the adaptive controller.")
-    max_kl: float | None = setting(50.0, "Stop PPO when the mean KL per answer (nats) passes this; none: never.")
+    kl_horizon: int = setting(
+        10_000,
+        "Horizon (answers) of the adaptive controller: over a run the coefficient changes at most by the factor "
+        "exp(0.2 * total_steps * batch_size / kl_horizon), up or down. At least batch_size.",
+    )
+    max_kl: float | None = setting(
+        50.0,
+        "Stop PPO when the mean KL per answer (nats) passes this, and go back to the last policy within; none: never.",
+    )
     update_kl_limit: float | None = setting(
         0.2, "End a step's passes early when new and old policy differ by more (nats per token); none: never."
     )
     max_stopped_updates: int | None = setting(
-        5, "Stop PPO when so many steps in a row ended at update_kl_limit; none: never."
+        5,
+        "Stop PPO when so many steps in a row ended at update_kl_limit; none: never. The last policy is kept: each of "
+        "those steps ended where it went too far, and max_kl looks after the distance from the reference.",
     )
     max_skipped_steps: int | None = setting(
         3, "Steps in a row that may be skipped for NaN or infinity; one more ends the run. None: any number."
@@ -148,8 +165,11 @@ class PpoSettings:
         "Truncated importance sampling: a token's policy loss is weighed by how much likelier the trainer finds it "
         "than the sampler did, at most by this much; none: not weighed.",
     )
-    value_model: Literal["adapter", "head"] = setting(
-        "adapter", "Values come from an adapter of their own, or from a head on the policy's states: faster, smaller."
+    value_model: Literal["adapter", "head", "detached_head"] = setting(
+        "adapter",
+        "Values come from an adapter of their own, or from a head on the policy's states, which is faster and smaller. "
+        "With head the policy's adapter learns from the value loss too, vf_coef times; with detached_head it does not, "
+        "and the head alone learns values.",
     )
     mixed_adapter_scoring: bool = setting(
         False, "Score policy, reference, reward and value in one mixed-adapter pass instead of one pass each."
@@ -163,6 +183,11 @@ class PpoSettings:
         "Empty: the run's own reward adapter. A function is code that is imported and run, the only code that a config "
         "can name: read it first where the config is not yours.",
     )
+
+    @property
+    def trains_value_adapter(self) -> bool:
+        """Whether the value role has an adapter of its own; else it is a head on the policy's states."""
+        return self.value_model == "adapter"
 
 
 @dataclass

@@ -219,6 +219,7 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
     for name in (
         "ppo.value_learning_rate",
         "ppo.sampler_correction",
+        "ppo.score_clip",
         "ppo.rollout_batch_size",
         "ppo.logits_chunk_size",
         "ppo.max_stopped_updates",
@@ -265,6 +266,11 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
         )
     if any(not 0 < w < float("inf") for w in config.dataset_weights):
         raise UserError(f"{where}: dataset_weights are above 0, not {config.dataset_weights}")
+    if config.ppo.adaptive_kl and config.ppo.kl_horizon < config.ppo.batch_size:
+        raise UserError(
+            f"{where}: ppo.kl_horizon ({config.ppo.kl_horizon}) is below ppo.batch_size ({config.ppo.batch_size}): "
+            "one step could turn the KL coefficient around"
+        )
     if config.ppo.batch_size % config.ppo.num_mini_batches:
         raise UserError(
             f"{where}: ppo.batch_size ({config.ppo.batch_size}) is not a multiple of ppo.num_mini_batches "

@@ -27,7 +27,8 @@ from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_command_line
 from lora_rlhf.errors import UserError
 from lora_rlhf.free_memory import free_bytes
-from lora_rlhf.memory_plan import CONTEXT_BYTES, Planner, StagePlan, expands, fitting_changes, peaks
+from lora_rlhf.memory_advice import fitting_changes
+from lora_rlhf.memory_plan import CONTEXT_BYTES, Planner, StagePlan, expands, peaks
 from lora_rlhf.model_shape import model_shape
 from lora_rlhf.roofline.cards import CARDS, Card, card_named, check_dtype
 from lora_rlhf.terminal import console, note, run_recipe

@@ -6,15 +6,13 @@ goes at the fullest moment (keys and values, activations, logits). Lengths are t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
 from lora_rlhf.base.shard_files import SHARD_BYTES
 from lora_rlhf.base.token_logprobs import rows_per_chunk
-from lora_rlhf.config import SECTIONS, RunConfig, TrainerSettings
+from lora_rlhf.config import RunConfig, TrainerSettings
 from lora_rlhf.model_shape import LinearShape, ModelShape
 from lora_rlhf.processes import BUCKET_BYTES, launched
 from lora_rlhf.reward.own_reward import trains_own_reward
@@ -27,6 +25,8 @@ HEAP_SHARE = 1.5
 """On a CPU: what comes and goes takes this many times its size, for glibc's heap keeps holes between blocks."""
 RESIDUAL_BYTES = 4
 """Of a number in the sum of the layers' outputs, whatever the compute dtype: see `keep_residuals_in_float32`."""
+COPY_WITHIN_LIMIT = "copy within max_kl"
+"""Name of a part: policy and value as `ppo.max_kl` may go back to them."""
 CONTEXT_BYTES = 600 * 2**20
 """What CUDA itself takes of a card, beside what torch allocates."""
 
@@ -85,7 +85,8 @@ class Planner:
             plans.append(StagePlan("merge", standing | {"16-bit weights": self.merge_bytes()}))
         if c.instruct_model_name_or_path is not None:  # the Instruct model beside the base, in 4 bits too
             rollout = next(plan for plan in plans if plan.name == "ppo: rollout").parts
-            plans.append(StagePlan("compare", rollout | {"weights": 2 * rollout["weights"], "optimizer": 0.0}))
+            parts = {name: size for name, size in rollout.items() if name not in ("optimizer", COPY_WITHIN_LIMIT)}
+            plans.append(StagePlan("compare", parts | {"weights": 2 * rollout["weights"]}))
         return plans
 
     def merge_bytes(self) -> float:
@@ -100,9 +101,7 @@ class Planner:
 
     def standing_bytes(self) -> float:
         """Return what stands throughout PPO, without a working copy."""
-        adapters = 2 if self.config.ppo.value_model == "head" else 3
-        parts = self._standing(adapters, self._trained(), self.config.ppo.optim, expand=False)
-        return sum(parts.values())
+        return sum(self._ppo_standing(expand=False).values())
 
     def copy_bytes(self) -> float:
         """Return what a working copy takes: of every layer in 4 bits, else of the adapted ones."""
@@ -113,12 +112,12 @@ class Planner:
         """Return the peaks of the three parts of a PPO step."""
         c, s = self.config, self.config.ppo
         longest = c.max_prompt_length + s.response_length
-        adapters = 2 if s.value_model == "head" else 3
-        standing = self._standing(adapters, self._trained(), s.optim, self.expand)
+        adapters = 3 if s.trains_value_adapter else 2
+        standing = self._ppo_standing(self.expand)
         decoded = min(s.rollout_batch_size or s.batch_size, s.batch_size)
         scored = min(s.scoring_batch_size, s.batch_size)
         micro = min(s.micro_batch_size, s.batch_size // s.num_mini_batches)
-        roles = (2 if s.value_model == "head" else 3) + 1
+        roles = adapters + 1
         cache = decoded * longest * self.shape.layers * 2 * self.shape.key_width * self.width
         rollout = self._cast_adapters(0 if self.expand else 1) | {
             "keys and values": cache,
@@ -163,6 +162,14 @@ class Planner:
         parts = {"gradients": 4.0 * trained}
         return parts if self.processes == 1 else parts | {"sum of gradients": min(BUCKET_BYTES, 4.0 * trained)}
 
+    def _ppo_standing(self, expand: bool) -> dict[str, float]:
+        """Return what stands throughout PPO."""
+        s = self.config.ppo
+        parts = self._standing(3 if s.trains_value_adapter else 2, self._trained(), s.optim, expand)
+        if s.max_kl is not None and not self.on_cuda:  # beside a card it is in main memory, where there is room
+            parts[COPY_WITHIN_LIMIT] = 4.0 * self._trained()
+        return parts
+
     def _standing(self, adapters: int, trained: float, optim: str, expand: bool) -> dict[str, float]:
         four_bit = self.config.load_in_4bit
         body = sum(n.inputs * n.outputs * (n.bytes_in_4_bits if four_bit else self.width) for n in self.shape.linears)
@@ -179,7 +186,7 @@ class Planner:
         return sum(self.config.lora.r * (one.inputs + one.outputs) for one in self.shape.linears if self._adapted(one))
 
     def _trained(self) -> int:
-        return self.adapter_parameters() * (1 if self.config.ppo.value_model == "head" else 2)
+        return self.adapter_parameters() * (2 if self.config.ppo.trains_value_adapter else 1)
 
     def _adapted(self, linear: LinearShape) -> bool:
         lora = self.config.lora
@@ -235,78 +242,3 @@ def expands(config: RunConfig, shape: ModelShape, on_cuda: bool, free: float) ->
 def peaks(config: RunConfig, shape: ModelShape, on_cuda: bool, free: float) -> list[StagePlan]:
     """Return the predicted peak of each stage on a device with `free` bytes."""
     return Planner(config, shape, on_cuda, expands(config, shape, on_cuda, free)).stages()
-
-
-Change = tuple[str, Any]
-"""A dotted field and its new value."""
-
-MOST_CHANGES = 64
-"""Settings are halved at most so often, which no card needs."""
-
-
-def fitting_changes(config: RunConfig, shape: ModelShape, on_cuda: bool, free: float) -> list[Change] | None:
-    """Return changes of settings, cheapest first, after which every stage fits into `free` bytes; none if nothing does.
-
-    The result of training stays the same: only what trades time for memory is changed. The lengths, which do change
-    it, come last.
-    """
-    changes: dict[str, Any] = {}
-    for _ in range(MOST_CHANGES):
-        tight = max(peaks(config, shape, on_cuda, free), key=lambda plan: plan.total)
-        if tight.total <= free:
-            return list(changes.items())
-        copied = expands(config, shape, on_cuda, free)
-        step = next((step for step in _steps(config, tight.name, on_cuda, copied) if step), [])
-        if not step:
-            return None
-        for name, value in step:
-            config, changes[name] = changed(config, name, value), value
-    return None
-
-
-def _steps(config: RunConfig, stage: str, on_cuda: bool, copied: bool) -> Iterator[list[Change]]:
-    """Yield what could be done for the tightest stage, the cheapest first; an empty list where it is done already."""
-    s = config.ppo
-    section = {"reward": "reward", "instruct": "sft", "ppo: update": "ppo"}.get(stage)
-    yield [("ppo.expand_weights", False)] if copied else []
-    yield _smaller_batch(config, stage, least=2)
-    if section and not getattr(config, section).gradient_checkpointing:
-        yield [(f"{section}.gradient_checkpointing", True)]
-    yield _smaller_batch(config, stage, least=1)
-    yield [("ppo.optim", "paged_adam_8bit")] if on_cuda and stage.startswith("ppo") and s.optim == "adam" else []
-    yield [("ppo.response_length", s.response_length // 2)] if s.response_length >= 64 else []
-    yield [("max_prompt_length", config.max_prompt_length // 2)] if config.max_prompt_length >= 64 else []
-    yield [("max_length", config.max_length // 2)] if config.max_length >= 128 else []
-
-
-def _smaller_batch(config: RunConfig, stage: str, least: int) -> list[Change]:
-    """Return about half the batch of a stage; gradient accumulation makes up for it where the result needs it."""
-    s = config.ppo
-    if stage in ("reward", "instruct"):
-        section = SECTIONS[stage]
-        settings = getattr(config, section)
-        size = settings.per_device_train_batch_size
-        together = size * settings.gradient_accumulation_steps
-        smaller = next((n for n in range(size // 2, least - 1, -1) if together % n == 0), None)
-        if smaller is None:
-            return []
-        return [
-            (f"{section}.per_device_train_batch_size", smaller),
-            (f"{section}.gradient_accumulation_steps", together // smaller),
-        ]
-    sizes = {
-        "ppo: rollout": ("rollout_batch_size", min(s.rollout_batch_size or s.batch_size, s.batch_size)),
-        "ppo: score": ("scoring_batch_size", min(s.scoring_batch_size, s.batch_size)),
-        "ppo: update": ("micro_batch_size", min(s.micro_batch_size, s.batch_size // s.num_mini_batches)),
-        "compare": ("rollout_batch_size", min(s.rollout_batch_size or s.batch_size, s.batch_size)),
-    }
-    name, size = sizes.get(stage, ("", 1))
-    return [(f"ppo.{name}", size // 2)] if size // 2 >= least else []
-
-
-def changed(config: RunConfig, name: str, value: Any) -> RunConfig:
-    """Return `config` with another value of a dotted field."""
-    section, _, leaf = name.rpartition(".")
-    if not section:
-        return replace(config, **{leaf: value})
-    return replace(config, **{section: replace(getattr(config, section), **{leaf: value})})

@@ -15,16 +15,20 @@ from typing import Any
 
 from lora_rlhf.base.shared import POLICY
 from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, readable, write_checkpoint
-from lora_rlhf.config import RunConfig
+from lora_rlhf.config import PpoSettings, RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.interruption import StoppedAfterSaving, interruption
 from lora_rlhf.ppo.checkpoint import METRICS, read_state, restore_trainer, write_trainer
+from lora_rlhf.ppo.losses import AdaptiveKl
 from lora_rlhf.ppo.trainer import Metrics, PpoTrainer
 from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.step_samples import StepSamples, append_samples, drop_samples_from, step_samples_table
 from lora_rlhf.terminal import console, note, progress, step_heading, step_line
 from lora_rlhf.tracking import Tracker, tracker
 from lora_rlhf.warning_signs import hacking_signs
+
+LEAST_REACH = 3.0
+"""Factor by which an adaptive KL coefficient should be able to change in a run."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
         if run.writes:
             write_text(run / METRICS, text)
         note(f"  going on after step {trainer.step_count}, from {resumed.folder}")
+    elif slow := slow_controller(run.config.ppo):
+        note(f"  {slow}")
     config, total = run.config, run.config.ppo.total_steps
     kept_steps = {round(total * (i + 1) / (config.ppo.snapshots + 1)) for i in range(config.ppo.snapshots)} - {0, total}
     saved, warned = time.monotonic(), set(hacking_signs(without_skipped(metrics)))
@@ -107,7 +113,7 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
                     warned.add(kind)
                     note(f"  warning: {text}")
             stop = trainer.processes.any(bool(asked.asked))  # all of them at the same step
-            if trainer.step_count in kept_steps and run.writes:
+            if trainer.step_count in kept_steps and run.writes and not trainer.stopped_early:
                 trainer.base.save_adapter(POLICY, run / "policy_snapshots" / f"step_{trainer.step_count:06d}")
             last = trainer.step_count >= total or trainer.stopped_early  # what is left of the stage may fail
             if stop or last or _is_due(config, trainer.step_count, time.monotonic() - saved):
@@ -117,6 +123,24 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
                 trainer.processes.wait()  # for the save: a launcher ends all where one has ended
                 raise StoppedAfterSaving("PPO", trainer.step_count, written)
     return metrics
+
+
+def slow_controller(settings: PpoSettings) -> str | None:
+    """Return that the adaptive KL coefficient can hardly move in the whole run, where that is so."""
+    if not settings.adaptive_kl:
+        return None
+    episodes = settings.total_steps * settings.batch_size
+    better = max(settings.batch_size, episodes // 25)
+    reach, would_reach = (
+        AdaptiveKl(settings.kl_coef, settings.kl_target, horizon).reach(settings.total_steps, settings.batch_size)
+        for horizon in (settings.kl_horizon, better)
+    )
+    if reach >= LEAST_REACH:
+        return None
+    return (
+        f"ppo.kl_horizon {settings.kl_horizon} is long for {episodes} answers: kl_coef can change by ×{reach:.2f} at "
+        f"most, and may not hold ppo.kl_target; with {better} it can by ×{would_reach:.3g}"
+    )
 
 
 def _show_samples(trainer: PpoTrainer, run: RunDirectory, tracked: Tracker) -> None:
@@ -155,7 +179,8 @@ def _save(trainer: PpoTrainer, run: RunDirectory) -> bool:
     write = functools.partial(write_trainer, trainer, run.config, run / METRICS)
     numbers = sum(parameter.numel() for own in trainer.parameters.values() for parameter in own)
     try:
-        check_space_of_checkpoint(run.path, trainer.step_count, numbers)
+        copied = numbers if trainer.within_limit.step else 0
+        check_space_of_checkpoint(run.path, trainer.step_count, numbers, copied)
         write_checkpoint(run / "checkpoints" / "ppo", trainer.step_count, write, run.config.save_total_limit)
     except UserError as error:
         note(f"  no checkpoint of step {trainer.step_count}: {error}; the run goes on")

@@ -154,8 +154,8 @@ def step_heading() -> str:
 
 
 def step_line(metrics: Mapping[str, float]) -> str:
-    """Return the line of one PPO step."""
-    return " ".join(f"{form.format(metrics[key]):>8}" for key, _, form in STEP_COLUMNS)
+    """Return the line of one PPO step; a step that learned nothing lacks some metrics."""
+    return " ".join(f"{form.format(metrics[key]) if key in metrics else '-':>8}" for key, _, form in STEP_COLUMNS)
 
 
 def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -371,3 +371,15 @@ def test_a_python_tag_on_the_command_line_is_refused_and_runs_nothing(tmp_path: 
     with pytest.raises(UserError):
         command_line("--seed", f"!!python/object/apply:os.mkdir ['{tmp_path / 'made'}']")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_kl_horizon_below_the_batch_and_a_bound_of_nothing_are_refused() -> None:
+    """With a horizon of an eighth of the batch, one step could make a reward of the KL penalty."""
+    with pytest.raises(UserError, match=r"ppo\.kl_horizon \(8\) is below ppo\.batch_size \(64\)"):
+        config_from_mapping({"ppo": {"adaptive_kl": True, "kl_horizon": 8}}, "file.yaml")
+    config_from_mapping({"ppo": {"adaptive_kl": True, "kl_horizon": 64}}, "file.yaml")
+    config_from_mapping({"ppo": {"kl_horizon": 8}}, "file.yaml")
+    for bound in (0, -1, float("inf")):
+        with pytest.raises(UserError, match=r"ppo\.score_clip is above 0, or none"):
+            config_from_mapping({"ppo": {"score_clip": bound}}, "file.yaml")
+    assert config_from_mapping({"ppo": {"score_clip": None}}, "file.yaml").ppo.score_clip is None

@@ -291,6 +291,31 @@ def test_a_nan_is_skipped_written_down_and_the_run_goes_on(
     assert ["skipped" in line for line in lines] == [False, True, False, False]
 
 
+def test_a_run_past_max_kl_leaves_the_policy_of_the_last_step_within_and_says_so(
+    recipe: Recipe, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, kls = PpoTrainer._scored, [1.0, 2.0, 9.0]
+
+    def measured(self: PpoTrainer, rollout: Any, chosen: Any) -> Any:
+        found, lengths = plain(self, rollout, chosen), rollout.action_mask.sum(1, keepdim=True)
+        found.reference = (found.logprobs - kls[self.step_count] / lengths) * rollout.action_mask
+        return found
+
+    monkeypatch.setattr(PpoTrainer, "_scored", measured)
+    with monkeypatch.context() as patch:
+        failing_at(patch, 3, RuntimeError("the driver has failed"))
+        with pytest.raises(RuntimeError, match="driver"):
+            ppo(recipe, trained, "--ppo.max_kl", "5")
+    status, printed = ppo(recipe, trained, "--ppo.max_kl", "5")
+    assert status == 0, printed
+    said = "passed ppo.max_kl 5 at step 3; the policy kept is the one that step 2 began with, at KL 2.0"
+    assert said in " ".join(printed.split())
+    assert said in json.loads((trained / "summary.json").read_text())["ppo"]["stopped_early"]
+    kept = sorted(folder.name for folder in (trained / "policy_snapshots").iterdir())
+    assert kept == ["step_000001", "step_000002"], "what step 3 went back to is Plus, and no policy of step 3"
+    assert_same(policy(trained), load_file(trained / "policy_snapshots" / kept[0] / "adapter_model.safetensors"))
+
+
 def test_a_checkpoint_whose_json_was_swapped_for_a_pickle_runs_nothing(
     recipe: Recipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +332,7 @@ def test_a_checkpoint_whose_json_was_swapped_for_a_pickle_runs_nothing(
         "state.json",
         "parameters.safetensors",
         "optimizer.safetensors",
+        "within_limit.safetensors",
         "random.safetensors",
         "metrics.jsonl",
     ):

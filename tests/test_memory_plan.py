@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -18,7 +18,8 @@ from lora_rlhf import memory
 from lora_rlhf.config import PpoSettings, RunConfig
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.errors import UserError
-from lora_rlhf.memory_plan import Planner, expands, fitting_changes, peaks
+from lora_rlhf.memory_advice import fitting_changes
+from lora_rlhf.memory_plan import Planner, expands, peaks
 from lora_rlhf.model_shape import ModelShape, shape_of
 
 GIB = 2**30
@@ -85,11 +86,27 @@ def test_several_processes_copy_64_mib_of_gradients_to_sum_them(
     assert reward.parts["sum of gradients"] == reward.parts["gradients"] == 4 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
 
 
-def test_a_value_head_saves_an_adapter_and_its_optimizer(mistral: ModelShape) -> None:
+@pytest.mark.parametrize("value_model", ["head", "detached_head"])
+def test_a_value_head_saves_an_adapter_and_its_optimizer(mistral: ModelShape, value_model: Literal["head"]) -> None:
     config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
-    head = replace(config, ppo=replace(config.ppo, value_model="head"))
+    head = replace(config, ppo=replace(config.ppo, value_model=value_model))
     both = [Planner(c, mistral, True, False).ppo_stages()[2].parts for c in (config, head)]
     assert both[0]["adapters"] / both[1]["adapters"] == 1.5 and both[0]["optimizer"] == 2 * both[1]["optimizer"]
+
+
+@pytest.mark.parametrize(("value_model", "trained"), [("adapter", 2), ("head", 1), ("detached_head", 1)])
+def test_what_max_kl_goes_back_to_takes_4_bytes_a_trained_parameter_of_main_memory(
+    mistral: ModelShape, value_model: Literal["head"], trained: int
+) -> None:
+    config = config_from_file(CONFIGS / "mistral_7b_24gb.yaml")
+    config = replace(config, ppo=replace(config.ppo, value_model=value_model))
+    never = replace(config, ppo=replace(config.ppo, max_kl=None))
+    for on_cuda in (False, True):
+        with_copy, without = (Planner(c, mistral, on_cuda, False) for c in (config, never))
+        copy = 0 if on_cuda else 4 * trained * 41_943_040
+        assert with_copy.standing_bytes() - without.standing_bytes() == copy
+        more = {one.name: one.total - two.total for one, two in zip(with_copy.stages(), without.stages(), strict=True)}
+        assert more == {name: copy if name.startswith("ppo") else 0 for name in more}
 
 
 @pytest.mark.parametrize(("name", "gib"), [("mistral_7b_24gb.yaml", 24), ("mistral_7b_16gb.yaml", 16)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,16 @@ STATE, PARAMETERS, OPTIMIZER, RANDOM = (
     "optimizer.safetensors",
     "random.safetensors",
 )
+WITHIN_LIMIT = "within_limit.safetensors"
+"""The parameters that `ppo.max_kl` may go back to, where there are any."""
 METRICS = "metrics.jsonl"
 
 
 def write_trainer(trainer: PpoTrainer, config: RunConfig, metrics_file: Path, folder: Path) -> None:
     """Write the state of `trainer` after a step into `folder`, with the metrics so far."""
-    parameters = {f"{role}.{i}": p for role, own in trainer.parameters.items() for i, p in enumerate(own)}
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / PARAMETERS)
+    save_file(_numbered(trainer.parameters), folder / PARAMETERS)
+    if trainer.within_limit.step:
+        save_file(_numbered(trainer.within_limit.parameters), folder / WITHIN_LIMIT)
     tensors, others = _split(trainer.optimizer.state_dict()["state"])
     save_file(tensors, folder / OPTIMIZER)
     save_file(_random_tensors(trainer.generator), folder / RANDOM)
@@ -50,6 +53,7 @@ def write_trainer(trainer: PpoTrainer, config: RunConfig, metrics_file: Path, fo
         "expand_weights": trainer.sampling.expand_weights,
         "batch_sizes": trainer.batches.sizes,
         "guards": asdict(trainer.guards),
+        "within_limit": {"step": trainer.within_limit.step, "kl": trainer.within_limit.kl},
         "loss_scale": asdict(trainer.loss_scale),
         "scheduler": trainer.scheduler.state_dict(),
         "optimizer_groups": _plain_groups(trainer.optimizer),
@@ -88,7 +92,9 @@ def restore_trainer(trainer: PpoTrainer, state: Mapping[str, Any], folder: Path)
         UserError: a file cannot be read, or does not fit.
     """
     found = {}
-    for name in (PARAMETERS, OPTIMIZER, RANDOM):
+    with readable(folder / STATE):  # a checkpoint that was written before there was such a copy has none
+        kept = bool(state.get("within_limit", {}).get("step"))
+    for name in (PARAMETERS, OPTIMIZER, RANDOM, *([WITHIN_LIMIT] if kept else [])):
         with readable(folder / name):
             found[name] = load_file(folder / name)
     with readable(folder / STATE):
@@ -113,6 +119,10 @@ def _restore(trainer: PpoTrainer, state: Mapping[str, Any], found: Mapping[str, 
     trainer.sampling = replace(trainer.sampling, expand_weights=state["expand_weights"])
     trainer.batches.sizes |= state["batch_sizes"]
     trainer.guards = type(trainer.guards)(**state["guards"])
+    if WITHIN_LIMIT in found:
+        held = found[WITHIN_LIMIT]
+        copies = {r: [held[f"{r}.{i}"] for i in range(len(own))] for r, own in trainer.parameters.items()}
+        trainer.within_limit.keep(copies, state["within_limit"]["step"], state["within_limit"]["kl"])
     if "loss_scale" in state:  # not in checkpoints that were written before there was one
         trainer.loss_scale = LossScale(**state["loss_scale"])
     random_tensors = found[RANDOM]
@@ -124,6 +134,12 @@ def _restore(trainer: PpoTrainer, state: Mapping[str, Any], found: Mapping[str, 
     random.setstate((version, tuple(numbers), gauss))
     kept = state["numpy_random"]
     numpy.random.set_state(("MT19937", numpy.array(kept["keys"], numpy.uint32), *kept["rest"]))
+
+
+def _numbered(parameters: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the tensors of each role in main memory, by `ROLE.NUMBER`."""
+    named = {f"{role}.{i}": p for role, own in parameters.items() for i, p in enumerate(own)}
+    return {name: p.detach().cpu().contiguous() for name, p in named.items()}
 
 
 def _random_tensors(sampling: torch.Generator) -> dict[str, torch.Tensor]:

@@ -8,6 +8,9 @@ import torch
 
 from lora_rlhf.ppo.advantages import masked_mean
 
+MOST_ERROR = 0.2
+"""Of the KL, relative to its target, that the adaptive coefficient goes by."""
+
 
 def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, kind: Literal["k1", "k2", "k3"]) -> torch.Tensor:
     """Return a per-token estimate of KL(policy ‖ reference) from tokens that the policy sampled.
@@ -73,6 +76,8 @@ class AdaptiveKl(FixedKl):
     """A KL coefficient that holds the KL per answer near a target (Ziegler et al. 2019, section 2.2).
 
     β ← β · (1 + clip(KL / target − 1, ±0.2) · answers / horizon)
+
+    So over N answers it changes by a factor of about e^(0.2 · N / horizon) at most, whatever the KL does.
     """
 
     def __init__(self, coef: float, target: float, horizon: int) -> None:
@@ -81,5 +86,9 @@ class AdaptiveKl(FixedKl):
 
     def update(self, kl: float, answers: int) -> None:
         """Move the coefficient after `answers` answers whose mean KL was `kl` nats."""
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        error = min(max(kl / self.target - 1, -MOST_ERROR), MOST_ERROR)
         self.coef *= 1 + error * answers / self.horizon
+
+    def reach(self, steps: int, answers: int) -> float:
+        """Return the factor by which `steps` updates after `answers` answers each can raise the coefficient at most."""
+        return (1 + MOST_ERROR * answers / self.horizon) ** steps

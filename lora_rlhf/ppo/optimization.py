@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,17 @@ def load_adam(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 
 
 def learning_rate_share(step: int, total: int, warmup_ratio: float) -> float:
-    """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, then down to 0 at `total`."""
+    """Return the share of the peak learning rate at `step` (from 0): up over the warm-up, then down to 0 at `total`.
+
+    Args:
+        step: any number from 0; the scheduler asks once more after the last step, which is `total - 1`.
+        total: steps of the run, at least 1.
+        warmup_ratio: share of the steps over which the rate rises, from 0 to 1; at 1 it never falls before the end.
+    """
     warmup = round(warmup_ratio * total)
-    return (step + 1) / warmup if step < warmup else max(0.0, (total - step) / (total - warmup))
+    if step >= total:
+        return 0.0
+    return (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
 
 
 FIRST_SCALE, LARGEST_SCALE, FINITE_BEFORE_GROWTH = 2.0**16, 2.0**24, 200
@@ -93,28 +101,36 @@ class LossScale:
 
 def clipped_gradients(
     minibatch: Callable[[], dict[str, float]],
-    parameters: Sequence[torch.nn.Parameter],
+    parameters: Mapping[str, Sequence[torch.nn.Parameter]],
     max_norm: float,
     loss_scale: LossScale,
-) -> tuple[dict[str, float], torch.Tensor]:
-    """Leave the clipped gradient of a minibatch in its parameters; return its numbers and the norm before clipping.
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Leave the clipped gradient of a minibatch in its parameters; return its numbers and the norms before clipping.
+
+    Each role's gradient is clipped by its own norm: by a common one, a value head of large gradient would shorten the
+    policy's steps.
 
     Where float16 overflows, the same minibatch is tried again with a smaller scale, so that none is lost. What is not
     finite in the forward pass, or at scale 1 either, is no fault of the scale, which is then left as it was.
 
     Args:
         minibatch: takes the gradient of the scaled loss, anew each time, and returns the numbers of its forward pass.
-        parameters: all that learn.
-        max_norm: of the gradient.
+        parameters: all that learn, by role.
+        max_norm: of a role's gradient.
         loss_scale: is changed.
+
+    Returns:
+        The numbers of the last forward pass, and the norm by role; 0 for a role that no gradient reached.
     """
     first = loss_scale.scale
     while True:
         numbers = minibatch()
-        loss_scale.unscale(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        if not loss_scale.adapts or bool(torch.isfinite(norm)):
-            return numbers, norm
+        norms = {}
+        for role, own in parameters.items():
+            loss_scale.unscale(own)
+            norms[role] = torch.nn.utils.clip_grad_norm_(own, max_norm)
+        if not loss_scale.adapts or all(bool(torch.isfinite(norm)) for norm in norms.values()):
+            return numbers, norms
         if not all(map(math.isfinite, numbers.values())) or not loss_scale.shrink():
             loss_scale.scale = first
-            return numbers, norm
+            return numbers, norms

@@ -24,7 +24,7 @@ class Scored:
         reference: [batch, R] of the reference.
         entropy: [batch, R] of the policy.
         values: [batch, R + 1] of states 0..L; 0 where masked.
-        score: [batch] combined reward, in standard deviations of the reference.
+        score: [batch] combined reward, in standard deviations of the reference, each source's clipped.
         raw_scores: raw score of each source.
         common: [batch, Q + R, d] `SharedBase.common_states`, so that the update need not run those layers again.
     """
@@ -43,9 +43,9 @@ def answers_of(rollout: Rollout, prompts: list[list[Message]], columns: dict[str
     return Answers(rollout.text_ids, rollout.text_mask, prompts, rollout.texts, columns)
 
 
-def with_rewards(scored: Scored, reward: CombinedReward, answers: Answers) -> Scored:
-    """Return `scored` with the combined reward; the run's own reward adapter need not look again."""
-    score, raw_scores = reward.scores(answers, scored.raw_scores)
+def with_rewards(scored: Scored, reward: CombinedReward, answers: Answers, clip: float | None) -> Scored:
+    """Return `scored` with the combined reward, clipped; the run's own reward adapter need not look again."""
+    score, raw_scores = reward.scores(answers, scored.raw_scores, clip)
     return replace(scored, score=score, raw_scores=raw_scores)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.packing import batches_by_length
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import prompt_ids
@@ -23,16 +22,15 @@ from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked
 from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.guards import Answered, Guards, check_finite, repetition
-from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate, policy_loss, value_loss
+from lora_rlhf.ppo.kl_limit import PolicyWithinLimit
+from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate
+from lora_rlhf.ppo.minibatch import Batch, Metrics, add_gradients
 from lora_rlhf.ppo.optimization import LossScale, adam, clipped_gradients, learning_rate_share
 from lora_rlhf.ppo.rollout import Rollout, sampled_answers
-from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, state_values, with_rewards
+from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, with_rewards
 from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import AdapterReward, CombinedReward
-
-Metrics = dict[str, float]
-LEARNED = ("policy_loss", "clip_fraction", "ratio", "update_kl", "ratio_deviation", "value_loss", "value_clip_fraction")
-"""What a minibatch's update is measured by."""
+from lora_rlhf.terminal import note
 
 
 class PpoTrainer:
@@ -74,6 +72,7 @@ class PpoTrainer:
         self.stopped_early: str | None = None
         self.value_offset = 0.0
         self.guards = Guards()
+        self.within_limit = PolicyWithinLimit()
         self.answered: Answered | None = None
         self.skip_reason = ""
         self.kl = FixedKl(settings.kl_coef)
@@ -105,11 +104,15 @@ class PpoTrainer:
             part = chosen[start : start + self.settings.batch_size]
             batches.append(answers_of(self._rollout(REFERENCE, part), *self._prompts_and_columns(part)))
         if self.processes.is_main:  # a reward need not say the same twice, and the scales are those of all
-            self.reward.fit(*batches)
+            for name in self.reward.fit(*batches):
+                note(
+                    f"  reward source {name}: its scores of the reference's {len(chosen)} answers have no spread to be "
+                    f"divided by; they count as they are, less their mean of {self.reward.scales[name].mean:g}"
+                )
         self.reward.scales = self.processes.from_main(self.reward.scales)
 
     def _start_value_role(self) -> None:
-        if self.settings.value_model == "head":
+        if not self.settings.trains_value_adapter:
             self.base.add_head(VALUE, torch.zeros(1, self.base.hidden_size))
             return
         adapters = [s for s in self.reward.sources if isinstance(s, AdapterReward)]
@@ -158,7 +161,8 @@ class PpoTrainer:
 
         own, problem = self.batches.within_memory("scoring_batch_size", scored), None
         try:
-            own = with_rewards(own, self.reward, answers)  # a reward function is called once, whatever memory does
+            # a reward function is called once, whatever memory does
+            own = with_rewards(own, self.reward, answers, self.settings.score_clip)
         except NotFinite as error:
             problem = str(error)
         if problem := self.processes.first(problem):  # all processes skip the step, or none
@@ -227,15 +231,18 @@ class PpoTrainer:
             check_finite(score=scored.score, log_probability=scored.logprobs, value=scored.values)
             self.answered = replace(self.answered, scores=scored.score.tolist())
             kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
+            mask = rollout.action_mask
+            answer_kl = ((scored.logprobs - scored.reference) * mask).sum(1).mean().item()
+            answer_kl = self.processes.from_main(answer_kl)  # all processes stop at the same step
             advantages, returns = self.targets(rollout, scored, kl)
             scored_at = time.perf_counter()
             trim_heap()
-            learning = self.update(rollout, scored, advantages, returns)
+            learning: Metrics = {}
+            if not (passed := self._passes_limit(answer_kl)):
+                learning = self.update(rollout, scored, advantages, returns)
         self.optimizer.zero_grad(set_to_none=True)  # gradients take no memory in the next rollout
         ended = time.perf_counter()
 
-        mask = rollout.action_mask
-        answer_kl = ((scored.logprobs - scored.reference) * mask).sum(1).mean().item()
         self.step_count += 1
         self.episodes += s.batch_size
         metrics: Metrics = {
@@ -264,14 +271,25 @@ class PpoTrainer:
             metrics |= {"folded_layers": folding.layers, "folded_update_kept": folding.update_kept}
         if self.loss_scale.adapts:
             metrics["loss_scale"] = self.loss_scale.scale
+        if s.score_clip is not None:
+            metrics["score_clip_fraction"] = self.reward.clipped_share(scored.raw_scores, s.score_clip)
         metrics |= {f"score/{name}": raw.mean().item() for name, raw in scored.raw_scores.items()}
         self.kl.update(answer_kl, s.batch_size)  # 17.
-        self.stopped_early = self.guards.note_taken(s, bool(learning["update_stopped"]))
-        if s.max_kl is not None and answer_kl > s.max_kl:
-            self.stopped_early = f"KL per answer {answer_kl:.1f} passed ppo.max_kl {s.max_kl:g}"
-        if self.stopped_early:
-            self.stopped_early += f" at step {self.step_count}"
+        if passed:
+            self.within_limit.restore(self.parameters)
+            assert s.max_kl is not None
+            self.stopped_early = self.within_limit.said(answer_kl, s.max_kl, self.step_count)
+            return metrics | {"back_to_step": self.within_limit.step or self.step_count}
+        if reason := self.guards.note_taken(s, bool(learning["update_stopped"])):
+            self.stopped_early = f"{reason} at step {self.step_count}"
         return metrics
+
+    def _passes_limit(self, kl: float) -> bool:
+        """Return whether the policy's KL is past `max_kl`; where it is within, keep what the step begins with."""
+        limit = self.settings.max_kl
+        if limit is not None and kl <= limit:  # what is not a number is neither: the step is skipped
+            self.within_limit.keep(self.parameters, self.step_count + 1, kl)
+        return limit is not None and kl > limit
 
     def penalised(self, score: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
         """8. Return the score, less the penalty where the answer did not end."""
@@ -304,14 +322,14 @@ class PpoTrainer:
                     part = rows.to(self.base.device)
                     accumulate = partial(self._accumulate, rollout, scored, advantages, returns, part, warming)
                     minibatch = partial(self._summed_gradients, accumulate, everything)
-                    now, norm = clipped_gradients(minibatch, everything, s.max_grad_norm, self.loss_scale)
+                    now, norms = clipped_gradients(minibatch, self.parameters, s.max_grad_norm, self.loss_scale)
                     if not history:
                         first_ratio = now["ratio_deviation"]  # 19.
                     history.append(now)
                     if s.update_kl_limit is not None and now["update_kl"] > s.update_kl_limit:
                         return self._summary(history, first_ratio, stopped=1.0)
-                    now["grad_norm"] = norm.item()
-                    check_finite(gradient=norm)
+                    check_finite(gradient=norms[POLICY], value_gradient=norms[VALUE])
+                    now |= {"grad_norm": norms[POLICY].item(), "value_grad_norm": norms[VALUE].item()}
                     self.optimizer.step()
                     self.loss_scale.note_finite()
         return self._summary(history, first_ratio, stopped=0.0)
@@ -334,53 +352,12 @@ class PpoTrainer:
         micro_batch_size: int,
     ) -> Metrics:
         """Add up the gradients of this process's rows of a minibatch; all processes' sum is one pass over all of it."""
-        s = self.settings
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = rollout.action_mask[rows].sum()
-        states = value_mask(rollout.action_mask[rows]).sum()
-        own_value = VALUE in self.base.configs  # else its head reads the policy's states
-        sums: Metrics = dict.fromkeys(LEARNED, 0.0)
-        own_rows = self.processes.learned_rows(rows)
-        for micro in batches_by_length(rollout.mask, own_rows, micro_batch_size) if len(own_rows) else ():
-            ids, mask, action = rollout.ids[micro], rollout.mask[micro], rollout.action_mask[micro]
-            state_mask, old = value_mask(action), scored.logprobs[micro]
-            at = self.processes.own_number(micro, len(rollout.texts))
-            common = None if scored.common is None else scored.common[at]
-            share, state_share = (action.sum() / tokens).item(), (state_mask.sum() / states).item()
-
-            # Backward ends before another role is played; see SharedBase on checkpointing.
-            hidden = self.base.hidden(POLICY, ids, mask, common)
-            logprobs, _ = self.base.response_logprobs(
-                hidden, ids, action, s.temperature, s.logits_chunk_size, with_entropy=False
-            )
-            loss, clipped = policy_loss(logprobs, old, advantages[micro], action, s.cliprange)  # 13.
-            learned: Any = 0.0 if warming else loss * share
-            with torch.no_grad():
-                ratio = torch.exp(logprobs - old)
-                now = {
-                    "policy_loss": loss.item() * share,
-                    "clip_fraction": clipped.item() * share,
-                    "ratio": masked_mean(ratio, action).item() * share,
-                    "update_kl": masked_mean(kl_estimate(old, logprobs, "k3"), action).item() * share,
-                }
-                deviation = ((ratio - 1).abs() * action).max().item()
-            if own_value:
-                if not warming:
-                    (self.loss_scale.scale * learned).backward()
-                del hidden, logprobs, loss, learned
-                hidden, learned = self.base.hidden(VALUE, ids, mask, common), 0.0
-            elif warming:
-                hidden = hidden.detach()  # the policy's adapter stays as it is
-            values = state_values(self.base, hidden, action, self.value_offset)
-            loss, clipped = value_loss(
-                values, scored.values[micro], returns[micro], state_mask, s.cliprange_value
-            )  # 13.
-            (self.loss_scale.scale * (learned + s.vf_coef * loss * state_share)).backward()
-            now |= {"value_loss": loss.item() * state_share, "value_clip_fraction": clipped.item() * state_share}
-            sums = {name: sums[name] + value for name, value in now.items()} | {
-                "ratio_deviation": max(sums["ratio_deviation"], deviation)
-            }
-        return sums
+        batch = Batch(rollout, scored, advantages, returns)
+        return add_gradients(
+            self.base, batch, rows, settings=self.settings, processes=self.processes, value_offset=self.value_offset,
+            loss_scale=self.loss_scale.scale, warming=warming, micro_batch_size=micro_batch_size,
+        )  # fmt: skip
 
     @staticmethod
     def _summary(history: list[Metrics], first_ratio: float, stopped: float) -> Metrics:

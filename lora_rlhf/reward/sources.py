@@ -21,6 +21,8 @@ from lora_rlhf.errors import NotFinite, UserError
 
 OWN_ADAPTER = "reward_adapter"
 """Folder of the run's own reward adapter, and the name of that source."""
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""A deviation that is no more than this share of the largest score is what float32 makes of equal scores."""
 
 
 @dataclass
@@ -133,6 +135,23 @@ class ScoreScale:
     mean: float = 0.0
     std: float = 1.0
 
+    @classmethod
+    def of(cls, scores: torch.Tensor) -> tuple[ScoreScale, bool]:
+        """Return the scale of scores [answers], at least one, and whether they have a spread.
+
+        Where they have none the deviation is taken to be 1: a smaller one would make a million of the first score that
+        differs. The sums are in float64, in which equal float32 numbers have a deviation of 0.
+        """
+        wide = scores.double()
+        std = wide.std(correction=1).item() if len(wide) > 1 else 0.0
+        spread = std > ROUNDING * wide.abs().max().item()
+        return cls(wide.mean().item(), std if spread else 1.0), spread
+
+    def normalised(self, scores: torch.Tensor, clip: float | None = None) -> torch.Tensor:
+        """Return scores [answers] in deviations from the mean, held within ± `clip` where there is one."""
+        normal = (scores - self.mean) / self.std
+        return normal if clip is None else normal.clamp(-clip, clip)
+
 
 @dataclass
 class CombinedReward:
@@ -141,27 +160,47 @@ class CombinedReward:
     sources: list[RewardSource]
     scales: dict[str, ScoreScale] = field(default_factory=dict)
 
-    def fit(self, *batches: Answers) -> None:
-        """Measure each source's mean and deviation on answers that the reference gave."""
+    def fit(self, *batches: Answers) -> list[str]:
+        """Measure each source's mean and deviation on answers that the reference gave.
+
+        Returns:
+            The names of the sources whose scores of these answers have no spread; their deviation is taken to be 1.
+        """
         raw = [CombinedReward(self.sources).scores(batch)[1] for batch in batches]
+        without_spread = []
         for name in raw[0]:
-            scores = torch.cat([batch[name] for batch in raw])
-            self.scales[name] = ScoreScale(scores.mean().item(), max(scores.std().item(), 1e-6))
+            self.scales[name], spread = ScoreScale.of(torch.cat([batch[name] for batch in raw]))
+            if not spread:
+                without_spread.append(name)
+        return without_spread
 
     def scores(
-        self, answers: Answers, known: dict[str, torch.Tensor] | None = None
+        self, answers: Answers, known: dict[str, torch.Tensor] | None = None, clip: float | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return (sum [answers], raw scores by source name); `known` holds raw scores that are there already."""
+        """Return (sum [answers], raw scores by source name).
+
+        Args:
+            answers: to be scored.
+            known: raw scores that are there already, by source name.
+            clip: bound of each source's normalised score in the sum; None: they count as they are.
+        """
         known = known or {}
         raw = {s.name: known[s.name] if s.name in known else s.scores(answers) for s in self.sources}
         for name, scores in raw.items():
             if not torch.isfinite(scores).all():
                 raise NotFinite(f"reward source {name} gave NaN or infinity for an answer")
         total = torch.zeros(len(answers.completions), device=answers.ids.device)
-        for source in self.sources:
-            scale = self.scales.get(source.name, ScoreScale())
-            total = total + source.weight * (raw[source.name] - scale.mean) / scale.std
+        for source in self.sources:  # clipped one by one: of a clipped sum, one source's outlier would be all
+            total = total + source.weight * self._scale(source.name).normalised(raw[source.name], clip)
         return total, raw
+
+    def clipped_share(self, raw_scores: dict[str, torch.Tensor], clip: float) -> float:
+        """Return the share of all sources' normalised scores that lie beyond ± `clip`."""
+        normal = [self._scale(name).normalised(scores) for name, scores in raw_scores.items()]
+        return (torch.cat(normal).abs() > clip).float().mean().item()
+
+    def _scale(self, name: str) -> ScoreScale:
+        return self.scales.get(name, ScoreScale())
 
 
 @dataclass(frozen=True)

@@ -177,8 +177,10 @@ def _count_update(counting: PhaseCounter) -> None:
 
     def step() -> None:
         gradients = [p.grad for p in everything if p.grad is not None]
-        norms = torch._foreach_norm(gradients)  # what clip_grad_norm_ calls on a card, and refuses to on shapes
-        torch._foreach_mul_(gradients, s.max_grad_norm / torch.linalg.vector_norm(torch.stack(norms)))
+        for parameters in trainer.parameters.values():
+            own = [p.grad for p in parameters if p.grad is not None]
+            norms = torch._foreach_norm(own)  # what clip_grad_norm_ calls on a card, and refuses to on shapes
+            torch._foreach_mul_(own, s.max_grad_norm / torch.linalg.vector_norm(torch.stack(norms)))
         steps = [torch.zeros((), device=META) for _ in everything]
         torch._fused_adam_(  # type: ignore[call-overload]
             everything, gradients, *moments, [], steps, lr=1e-5, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-5,

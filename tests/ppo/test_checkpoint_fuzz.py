@@ -22,6 +22,7 @@ FILES = (
     "state.json",
     "parameters.safetensors",
     "optimizer.safetensors",
+    "within_limit.safetensors",
     "random.safetensors",
     "metrics.jsonl",
     MANIFEST,

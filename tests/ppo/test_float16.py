@@ -87,12 +87,27 @@ def test_a_minibatch_is_tried_again_until_it_fits(
         parameter.grad = torch.tensor([3 * scale.scale if scale.scale <= overflows_above else INFINITY])
         return numbers
 
-    found, norm = clipped_gradients(minibatch, [parameter], 1.5, scale)
+    found, norms = clipped_gradients(minibatch, {POLICY: [parameter]}, 1.5, scale)
     assert found is numbers and seen == tried and scale.scale == left
     if tried[-1] <= overflows_above:
-        assert norm == 3 and parameter.grad == pytest.approx(1.5, rel=1e-5)
+        assert norms[POLICY] == 3 and parameter.grad == pytest.approx(1.5, rel=1e-5)
     else:
-        assert not torch.isfinite(norm)
+        assert not torch.isfinite(norms[POLICY])
+
+
+@pytest.mark.parametrize("overflows", [POLICY, VALUE])
+def test_an_overflow_of_one_role_tries_the_minibatch_of_both_again(overflows: str) -> None:
+    scale, parameters = LossScale.of(torch.float16), {r: torch.nn.Parameter(torch.zeros(1)) for r in (POLICY, VALUE)}
+
+    def minibatch() -> dict[str, float]:
+        for role, parameter in parameters.items():
+            fits = role != overflows or scale.scale <= 20_000
+            parameter.grad = torch.tensor([4 * scale.scale if fits else INFINITY])
+        return {"loss": 1.0}
+
+    _, norms = clipped_gradients(minibatch, {role: [p] for role, p in parameters.items()}, 2.0, scale)
+    assert norms == {POLICY: 4, VALUE: 4} and scale.scale == 16384
+    assert [p.grad.item() for p in parameters.values() if p.grad is not None] == pytest.approx([2, 2], rel=1e-5)
 
 
 # The trainer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import exp, log
 
 import pytest
 import torch
@@ -193,3 +193,13 @@ def test_the_fixed_coefficient_stays() -> None:
     controller = FixedKl(0.05)
     controller.update(100.0, answers=64)
     assert controller.coef == 0.05
+
+
+@given(st.lists(st.floats(-50, 500), min_size=1, max_size=60), st.integers(1, 64), st.integers(64, 10_000))
+def test_whatever_the_kl_does_the_coefficient_stays_within_reach(kls: list[float], answers: int, horizon: int) -> None:
+    controller = AdaptiveKl(0.05, 10.0, horizon)
+    for kl in kls:
+        controller.update(kl, answers)
+    reach = controller.reach(len(kls), answers)
+    assert 0.05 * (1 - 0.2 * answers / horizon) ** len(kls) * (1 - 1e-9) <= controller.coef <= 0.05 * reach * (1 + 1e-9)
+    assert reach <= exp(0.2 * len(kls) * answers / horizon) and controller.coef > 0

@@ -35,13 +35,14 @@ class SlowPpo:
         self.models["reference"] = load_causal_lm(config)
         for role in ("reward", "value"):
             self.heads[role] = torch.nn.Parameter(trainer.base.heads[role].weight.detach().clone())
-        self.value_role = "policy" if config.ppo.value_model == "head" else "value"
+        self.value_role = "value" if config.ppo.value_model == "adapter" else "policy"
         trained = dict.fromkeys(("policy", self.value_role))
         self.parameters = [p for r in trained for p in self.models[r].parameters() if p.requires_grad]
+        self.policy_count = sum(p.requires_grad for p in self.models["policy"].parameters())
         self.parameters.append(self.heads["value"])
         self.first = [torch.zeros_like(p) for p in self.parameters]
         self.second = [torch.zeros_like(p) for p in self.parameters]
-        self.updates, self.steps = 0, 0
+        self.updates, self.steps, self.clipped = 0, 0, set()
 
     def states(self, role, ids):
         model = self.models[role]
@@ -55,6 +56,8 @@ class SlowPpo:
 
     def values(self, prompt, answer):
         states, _ = self.states(self.value_role, prompt + answer)
+        if self.s.value_model == "detached_head":
+            states = states.detach()
         shift = self.scale.mean / self.scale.std if self.value_role == "value" else 0.0
         return (
             torch.stack([states[len(prompt) - 1 + t] @ self.heads["value"][0] for t in range(len(answer) + 1)]) - shift
@@ -108,12 +111,15 @@ class SlowPpo:
                 value_terms.append(0.5 * torch.max((v - ret) ** 2, (near - ret) ** 2))
         loss = sum(policy_terms) / len(policy_terms) + s.vf_coef * sum(value_terms) / len(value_terms)
         grads = torch.autograd.grad(loss, self.parameters)
-        norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
-        factor = min(1.0, s.max_grad_norm / (norm + 1e-6))
+        factors = []
+        for own in (grads[: self.policy_count], grads[self.policy_count :]):  # what the value has is clipped apart
+            norm = math.sqrt(sum(float((g**2).sum()) for g in own))
+            factors += [min(1.0, s.max_grad_norm / (norm + 1e-6))] * len(own)
+        self.clipped |= {i for i, factor in enumerate(factors) if factor < 1}
         self.updates += 1
         rate = s.learning_rate * (1 - self.steps / s.total_steps)
         with torch.no_grad():
-            for p, g, m, v in zip(self.parameters, grads, self.first, self.second, strict=True):
+            for p, g, m, v, factor in zip(self.parameters, grads, self.first, self.second, factors, strict=True):
                 m.mul_(0.9).add_(0.1 * factor * g)
                 v.mul_(0.999).add_(0.001 * (factor * g) ** 2)
                 m_hat, v_hat = m / (1 - 0.9**self.updates), v / (1 - 0.999**self.updates)
@@ -129,6 +135,8 @@ FAST_PATHS = {
     "small batches": {"rollout_batch_size": 2, "scoring_batch_size": 4, "micro_batch_size": 1},
     "value head": {"value_model": "head"},
     "value head, checkpointing": {"value_model": "head", "gradient_checkpointing": True, "expand_weights": False},
+    "detached value head": {"value_model": "detached_head"},
+    "detached value head, checkpointing": {"value_model": "detached_head", "gradient_checkpointing": True},
 }
 
 
@@ -139,6 +147,7 @@ def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer,
         "total_steps": 5, "batch_size": 6, "num_ppo_epochs": 2, "num_mini_batches": 2, "micro_batch_size": 2,
         "response_length": 6, "temperature": 0.7, "stop_strings": ["e"], "kl_coef": 0.1, "learning_rate": 1e-3,
         "normalization_samples": 6, "update_kl_limit": None, "max_kl": None, "logits_chunk_size": 5,
+        "max_grad_norm": 0.5,
     }  # fmt: skip
     lora = LoraSettings(r=4, lora_alpha=8, layers_to_transform=layers)
     config = make_config(ppo=settings | fast_paths, max_train_pairs=12, lora=lora)
@@ -169,6 +178,7 @@ def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer,
         assert metrics["first_ratio_deviation"] < 1e-5
         slow.step(rollouts[step], orders[step])
     ours = [p.detach() for r in ("policy", "value") for p in base.parameters(r)]
+    assert slow.clipped == set(range(len(ours))), "the norm is small enough to matter to policy and value"
     assert any(r.ended.any() for r in rollouts) and not all(r.ended.all() for r in rollouts)
     assert len(ours) == len(slow.parameters)
     assert max(float((a - b).abs().max()) for a, b in zip(ours, before, strict=True)) > 1e-3

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_rlhf.base.shared import POLICY, VALUE
+from lora_rlhf.ppo.rollout import Rollout
 from lora_rlhf.ppo.trainer import PpoTrainer
 
 TIMINGS = {"seconds_rollout", "seconds_score", "seconds_update", "samples_per_second", "peak_memory_gib"}
@@ -41,6 +42,12 @@ def close(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float) 
 
 def close_metrics(one: Metrics, other: Metrics, tolerance: float) -> None:
     assert settled(one) == pytest.approx(settled(other), abs=tolerance)
+
+
+def rolled_and_scored(trainer: PpoTrainer, count: int = 6) -> tuple[Rollout, Any]:
+    chosen = trainer._next_prompts(count)
+    rollout = trainer._rollout(POLICY, chosen)
+    return rollout, trainer._scored(rollout, chosen)
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, note: Callable[..., None]) -> None:
