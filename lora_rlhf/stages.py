@@ -45,8 +45,7 @@ from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, pr
 from lora_rlhf.tracking import check_tracker
 
 INSTRUCT_SETTING = "instruct_model_name_or_path"
-PAIRS = "pairs.json"
-"""Digests of the preference pairs with which a run began."""
+PAIRS = "pairs.json"  # digests of the preference pairs with which a run began
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 MULTIPLIED = {
-    "cohere": "logit_scale", "cohere2": "logit_scale", "cohere2_moe": "logit_scale", 
+    "cohere": "logit_scale", "cohere2": "logit_scale", "cohere2_moe": "logit_scale",
     "cohere_compass_text": "logit_scale", "falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling",
 }  # fmt: skip
 """Kinds of models that multiply the product of state and LM head by a number, and its name in their config."""

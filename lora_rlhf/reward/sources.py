@@ -202,7 +202,10 @@ def source_entries(config: RunConfig) -> list[SourceEntry]:
         if kind == "adapter" and str(path or "").startswith(("/", ".", "~")) and not Path(str(path)).is_dir():
             raise UserError(f"{where}: path: no folder {path}")
         if kind == "adapter" and path and Path(str(path)).is_dir():
-            read_plain_config(Path(str(path)))
+            try:
+                read_plain_config(Path(str(path)))
+            except UserError as error:
+                raise UserError(f"{where}: path: {error}") from None
         if kind == "function":
             _function(str(path), where)
         entries.append(SourceEntry(kind, None if path is None else str(path), name, weight, where))

@@ -118,7 +118,7 @@ def test_an_adapter_that_is_more_than_lora_is_refused_where_a_run_begins(
     assert set(json.loads((folder / CONFIG).read_text())) >= {"r", "target_modules"} and read_plain_config(folder)
     (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | fields))
     sources = [{"kind": "adapter", "path": str(folder)}]
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=rf"ppo\.reward_sources\[0\]: path: {folder}: .*{words}"):
         Session.open(make_config(ppo={"reward_sources": sources}))
 
 
@@ -153,6 +153,7 @@ def test_the_conv1d_of_gpt_2_is_refused(make_config: MakeConfig, tmp_path: Path)
         check_target_modules(config)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
 def test_an_adapter_folder_with_a_layer_that_is_not_computed_is_refused(
     written: Callable[..., tuple[Path, torch.Tensor]], whole: SharedBase, name: str

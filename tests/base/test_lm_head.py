@@ -11,8 +11,9 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lora_rlhf.base.lm_head import LmHead
+from lora_rlhf.base.lm_head import CAPPED, DIVIDED, MULTIPLIED, LmHead
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.chat.mixed_decoding import ChatSampling, MixedDecoding
@@ -68,6 +69,21 @@ def test_logits_are_those_of_transformers(name: str) -> None:
         plain = states @ model.get_output_embeddings().weight.T
     assert (plain - expected).abs().max() > 0.1, "nothing but the product: the test says nothing"
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "field"), [*MULTIPLIED.items(), *DIVIDED.items(), *CAPPED.items()])
+def test_a_kind_of_model_has_the_field_that_is_read(kind: str, field: str) -> None:
+    config = transformers.AutoConfig.for_model(kind)
+    assert hasattr(config.get_text_config(), field)
+    assert kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def test_a_field_of_another_kind_of_model_changes_nothing() -> None:
+    config = transformers.MistralConfig(**SIZES, logits_scaling=3.0, logit_scale=0.1, final_logit_softcapping=2.0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        found, expected = LmHead.of(model)(model.model(IDS).last_hidden_state), model(IDS).logits
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture(params=MODELS)
