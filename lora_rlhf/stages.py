@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
@@ -44,8 +45,7 @@ from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, pr
 from lora_rlhf.tracking import check_tracker
 
 INSTRUCT_SETTING = "instruct_model_name_or_path"
-PAIRS = "pairs.json"
-"""Digests of the preference pairs with which a run began."""
+PAIRS = "pairs.json"  # digests of the preference pairs with which a run began
 
 
 @dataclass
@@ -78,6 +78,7 @@ class Session:
         check_device(config)
         tokenizer = load_tokenizer(config)
         model_config(config)
+        check_target_modules(config)
         check_merge_target(config)
         if instruct := config.instruct_model_name_or_path:
             model_config(config, instruct, INSTRUCT_SETTING)
@@ -110,9 +111,9 @@ class Session:
     def shared_base(self) -> SharedBase:
         """Return the shared base, loading it if it is not in memory."""
         if self.base is None:
-            dtype = getattr(torch, self.config.dtype)
-            torch.manual_seed(self.config.seed)
-            self.base = SharedBase(load_causal_lm(self.config), lora_config(self.config.lora), dtype)
+            c = self.config
+            torch.manual_seed(c.seed)
+            self.base = SharedBase(load_causal_lm(c), lora_config(c.lora), getattr(torch, c.dtype))
         return self.base
 
     def check_memory(self) -> None:

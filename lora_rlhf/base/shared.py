@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from lora_rlhf.base.adapted_layers import SETTING, check_adapted_layers, with_adapter
 from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
 from lora_rlhf.base.attention import PLAIN_MODELS, use_grouped_attention
+from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
 from lora_rlhf.base.role_layers import MixedRoles, RoleLayers
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.errors import UserError, first_line
 
 REFERENCE, POLICY, REWARD, VALUE, INSTRUCT = "reference", "policy", "reward", "value", "instruct"
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of models whose logits are not just LM head times state."""
 
 
 class SharedBase:
@@ -34,19 +34,16 @@ class SharedBase:
     Attributes:
         model: the PEFT model; its adapters are named after the roles.
         trunk: the transformer without LM head.
+        lm_head: what makes logits of states.
         layers: its linear layers, which know the role that is played.
         heads: role -> linear head, where the role has one.
     """
 
     def __init__(self, causal_lm: Any, policy: LoraConfig, compute_dtype: torch.dtype) -> None:
-        scaled = [name for name in SCALED_LOGITS if getattr(causal_lm.config, name, None) not in (None, 1, 1.0)]
-        if scaled or getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
-            what = f"scales its logits ({', '.join(scaled)})" if scaled else "has a bias in its LM head"
-            raise UserError(f"model_name_or_path: this model {what}, which lora_rlhf's log-probs do not know")
         self.identity = base_identity(causal_lm)
         self.causal_lm = causal_lm
         self.trunk = getattr(causal_lm, causal_lm.base_model_prefix)
-        self.lm_head = causal_lm.get_output_embeddings()
+        self.lm_head = LmHead.of(causal_lm)
         self.hidden_size: int = causal_lm.config.hidden_size
         self.compute_dtype = compute_dtype
         self.device: torch.device = self.lm_head.weight.device
@@ -59,10 +56,8 @@ class SharedBase:
                 module.attention_dropout = 0.0
         causal_lm.config.use_cache = True
         use_grouped_attention(causal_lm)
-        try:
-            self.model: PeftModel = get_peft_model(causal_lm, policy, adapter_name=POLICY)
-        except ValueError as error:
-            raise UserError(f"lora.target_modules: {error}") from None
+        self.model: PeftModel = with_adapter(causal_lm, policy, POLICY)
+        check_adapted_layers(self.model, causal_lm, SETTING)
         self.heads = nn.ModuleDict()
         self.configs: dict[str, LoraConfig] = {POLICY: policy}
         self._active = POLICY
@@ -83,6 +78,7 @@ class SharedBase:
         config, weights, head = read_adapter(folder, self.identity)
         try:
             self._add(role, config)
+            check_adapted_layers(self.model, self.causal_lm, str(folder))
             self._fill(role, folder, weights)
         except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
             raise UserError(f"{folder} does not fit this base: {first_line(error)}") from None
@@ -327,12 +323,7 @@ class SharedBase:
         width = response_mask.shape[1]
         before, tokens = states[:, -width - 1 : -1], ids[:, -width:]
         flat, entropy = token_logprobs(
-            before[response_mask].to(self.lm_head.weight.dtype),
-            self.lm_head.weight,
-            tokens[response_mask],
-            temperature,
-            chunk,
-            with_entropy,
+            before[response_mask], self.lm_head, tokens[response_mask], temperature, chunk, with_entropy
         )
         empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=states.device)
         return empty.masked_scatter(response_mask, flat), empty.masked_scatter(response_mask, entropy)
