@@ -106,6 +106,11 @@ class PpoSettings:
         [], "An answer ends before the first of these, besides at EOS. A line break in bash: $'\\n\\nHuman:'."
     )
     missing_eos_penalty: float = setting(1.0, "Taken off the normalised score of an answer that does not end.")
+    stop_string_penalty: float = setting(
+        0.5,
+        "Share of missing_eos_penalty that is taken off an answer which ends at a stop string: without stop strings, "
+        "it would run on. 0: such an end is as good as EOS.",
+    )
     kl_coef: float = setting(0.05, "Weight of the KL penalty in each token's reward (its start value if adaptive).")
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k1", "Per-token KL estimate: k1 = -log r, k2, or k3.")
     adaptive_kl: bool = setting(False, "Adapt kl_coef to hold the KL of an answer at kl_target.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,29 @@ def test_scales_that_are_there_already_are_kept(make_trainer: MakeTrainer) -> No
 
 def test_an_answer_without_end_loses_the_penalty(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(text_length, batch_size=16, missing_eos_penalty=2.5, kl_coef=0.0)
-    penalised = trainer.penalised(torch.tensor([1.0, 1.0]), torch.tensor([True, False]))
-    assert penalised.tolist() == [1.0, -1.5]
     metrics = trainer.step()
-    assert 0 < metrics["ended_rate"] < 1
+    assert 0 < metrics["ended_rate"] < 1 and metrics["eos_rate"] == metrics["ended_rate"]
     expected = metrics["score"] - 2.5 * (1 - metrics["ended_rate"])
+    assert metrics["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, [1, 1, -1.5]), (0.4, [1, 0, -1.5]), (1.0, [1, -1.5, -1.5])])
+def test_an_answer_that_ends_at_a_stop_string_loses_a_share_of_the_penalty(
+    make_trainer: MakeTrainer, share: float, expected: list[float]
+) -> None:
+    trainer = make_trainer(missing_eos_penalty=2.5, stop_string_penalty=share)
+    rollout, _ = rolled_and_scored(trainer, 3)
+    ended, by_eos = torch.tensor([True, True, False]), torch.tensor([True, False, False])
+    rollout = replace(rollout, ended=ended, ended_by_eos=by_eos)
+    assert trainer.penalised(torch.ones(3), rollout).tolist() == expected  # by EOS, at a stop string, cut
+
+
+def test_the_rate_of_eos_leaves_out_what_ended_at_a_stop_string(make_trainer: MakeTrainer) -> None:
+    settings = {"batch_size": 16, "kl_coef": 0.0, "missing_eos_penalty": 2.0, "stop_string_penalty": 0.25}
+    metrics = make_trainer(text_length, stop_strings=["e"], **settings).step()
+    ended, by_eos = metrics["ended_rate"], metrics["eos_rate"]
+    assert 0 < by_eos < ended < 1
+    expected = metrics["score"] - 2.0 * (1 - ended) - 0.5 * (ended - by_eos)
     assert metrics["reward"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -102,10 +121,10 @@ def test_the_value_role_starts_as_the_reward_role_with_its_head_at_the_normalise
     adapter, value = weights(trainer, REWARD), weights(trainer, VALUE)
     assert same(adapter[:-1], value[:-1])
     torch.testing.assert_close(value[-1], adapter[-1] * weight / trainer.reward.scales["reward"].std)
-    rollout, scored = rolled_and_scored(trainer)
-    last = rollout.action_mask.sum(1, keepdim=True)
-    torch.testing.assert_close(scored.values.gather(1, last)[:, 0], scored.score, atol=1e-4, rtol=0)
-    assert scored.score.std() > 0.1
+    rollout, scored = rolled_and_scored(trainer, 16)
+    last, ended = rollout.action_mask.sum(1, keepdim=True), rollout.ended  # others are scored with an EOS more
+    torch.testing.assert_close(scored.values.gather(1, last)[ended, 0], scored.score[ended], atol=1e-4, rtol=0)
+    assert ended.sum() > 2 and scored.score[ended].std() > 0.1
     assert trainer.normalization()["value_offset"] == trainer.value_offset != 0.0
 
 
