@@ -185,7 +185,7 @@ def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer,
         assert metrics["first_ratio_deviation"] < 1e-5
         slow.step(rollouts[step], orders[step])
     ours = [p.detach() for r in ("policy", "value") for p in base.parameters(r)]
-    endings = {(end, by_eos) for r in rollouts for end, by_eos in zip(r.ended.tolist(), r.ended_by_eos.tolist())}
+    endings = {tuple(row) for r in rollouts for row in torch.stack([r.ended, r.ended_by_eos], 1).tolist()}
     assert endings == {(True, True), (True, False), (False, False)}
     assert len(ours) == len(slow.parameters)
     assert max(float((a - b).abs().max()) for a, b in zip(ours, before, strict=True)) > 1e-3

@@ -89,7 +89,7 @@ def test_an_answer_that_ends_at_a_stop_string_loses_a_share_of_the_penalty(
 
 def test_the_rate_of_eos_leaves_out_what_ended_at_a_stop_string(make_trainer: MakeTrainer) -> None:
     settings = {"batch_size": 16, "kl_coef": 0.0, "missing_eos_penalty": 2.0, "stop_string_penalty": 0.25}
-    metrics = make_trainer(text_length, stop_strings=["e"], **settings).step()
+    metrics = make_trainer(text_length, stop_strings=["e", "t"], response_length=4, **settings).step()
     ended, by_eos = metrics["ended_rate"], metrics["eos_rate"]
     assert 0 < by_eos < ended < 1
     expected = metrics["score"] - 2.0 * (1 - ended) - 0.5 * (ended - by_eos)
