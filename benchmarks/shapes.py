@@ -21,6 +21,7 @@ class Endless:
     """A tokenizer whose EOS no model can sample, so that every answer is as long as it may be."""
 
     eos_token_id = -1
+    chat_template = None  # it may close a turn with a token that can be sampled
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

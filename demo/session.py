@@ -182,7 +182,7 @@ class ChatSessions:
             raise UserError("there is no answer of Plus yet; ask something first")
         turn = conversation.turns[-1]
         answer = turn.answers["plus"]
-        turn.kl = self.comparison.kl_of_plus(conversation.messages("plus"), answer.text, answer.ended)
+        turn.kl = self.comparison.kl_of_plus(conversation.messages("plus"), answer.text, answer.end_token)
         return turn.kl
 
     # -- votes --------------------------------------------------------------------------------------------------------

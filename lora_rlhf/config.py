@@ -114,6 +114,11 @@ class PpoSettings:
         "In training each source's normalised score is held within ± this, so that one answer cannot outweigh all "
         "others; comparison and evaluation show what was measured. None: never.",
     )
+    stop_string_penalty: float = setting(
+        0.5,
+        "Share of missing_eos_penalty that is taken off an answer which ends at a stop string: without stop strings, "
+        "it would run on. 0: such an end is as good as EOS.",
+    )
     kl_coef: float = setting(0.05, "Weight of the KL penalty in each token's reward (its start value if adaptive).")
     kl_estimator: Literal["k1", "k2", "k3"] = setting("k1", "Per-token KL estimate: k1 = -log r, k2, or k3.")
     adaptive_kl: bool = setting(False, "Adapt kl_coef to hold the KL of an answer at kl_target.")

@@ -237,7 +237,7 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
             raise UserError(
                 f"{where}: {stage}.warmup_ratio is a share, from 0 to below 1; not {flat[f'{stage}.warmup_ratio']}"
             )
-    for name in ("ppo.gamma", "ppo.lam"):
+    for name in ("ppo.gamma", "ppo.lam", "ppo.stop_string_penalty"):
         if not 0 <= flat[name] <= 1:
             raise UserError(f"{where}: {name} is from 0 to 1, not {flat[name]}")
     for name in (

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.checkpoint_folders import check_space, sync
 from lora_rlhf.config import RunConfig
+from lora_rlhf.ppo.decoding import ending_ids
 from lora_rlhf.ppo.rollout import Rollout, Sampling
 from lora_rlhf.terminal import interrupt
 
@@ -215,7 +217,9 @@ def model_logprobs(
 
 
 def set_generation(generation: Any, model: Any, tokenizer: Any, sampling: Sampling) -> None:
-    """Let `generate` of a plain model sample as training did, and end where the tokenizer's answers end.
+    """Let `generate` of a plain model sample as training did, and end at the tokens that ended answers there.
+
+    Stop strings stay out: `generate` refuses them without a tokenizer, and pipelines pass it none.
 
     Args:
         generation: the model's GenerationConfig, which is changed.
@@ -223,7 +227,9 @@ def set_generation(generation: Any, model: Any, tokenizer: Any, sampling: Sampli
         tokenizer: of the run.
         sampling: of the run.
     """
-    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ends = ending_ids(tokenizer).tolist()
+    generation.eos_token_id = ends if len(ends) > 1 else tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id
     generation.do_sample, generation.temperature, generation.top_k, generation.top_p = (
         True,
@@ -232,7 +238,6 @@ def set_generation(generation: Any, model: Any, tokenizer: Any, sampling: Sampli
         1.0,
     )
     generation.max_new_tokens = sampling.response_length
-    # stop strings stay out: `generate` refuses them without a tokenizer, and pipelines pass it none
     model.eos_token_id, model.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
 
 
@@ -246,6 +251,8 @@ def write_merged(
     merged: MergedWeights, tokenizer: Any, sampling: Sampling, folder: Path, made: Callable[[int], object] = _silent
 ) -> None:
     """Write weights (safetensors), tokenizer, chat template and generation config, whole or not at all.
+
+    Where the run had stop strings, a README.md says how to pass them to `generate`.
 
     Args:
         merged: the weights.
@@ -274,6 +281,8 @@ def write_merged(
             config.save_pretrained(half)
             generation.save_pretrained(half)
         tokenizer.save_pretrained(half)
+        if sampling.stop_strings:
+            (half / "README.md").write_text(stop_strings_readme(sampling.stop_strings), encoding="utf-8")
         for file in half.iterdir():
             sync(file)
     except BaseException:  # Ctrl-C too: what is half does not take up the disk until the next try
@@ -281,6 +290,22 @@ def write_merged(
         raise
     shutil.rmtree(folder, ignore_errors=True)
     half.rename(folder)
+
+
+def stop_strings_readme(stop_strings: Sequence[str]) -> str:
+    """Return the text, in Markdown, that tells a user of the merged model which stop strings it was trained with."""
+    return f"""In training, an answer ended at EOS or before the first of some stop strings. One that does not end with
+EOS runs on with the next turn, unless `generate` is given the stop strings, and the tokenizer to look for them with; a
+generation config alone cannot do that:
+
+```python
+stop_strings = {json.dumps(list(stop_strings), ensure_ascii=False)}
+model.generate(**prompt, stop_strings=stop_strings, tokenizer=tokenizer)
+pipeline("text-generation", model=folder)(messages, stop_strings=stop_strings, tokenizer=tokenizer)
+```
+
+The stop string itself is then at the end of what is returned: cut it off.
+"""
 
 
 def _unfinished(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_rlhf.base.packing import left_padded
+from lora_rlhf.base.packing import left_padded, right_padded
 from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import ran_out
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lora_rlhf.ppo.rollout import Rollout
     from lora_rlhf.ppo.scoring import Scored
 
-SAMPLED = ("response_ids", "action_mask", "score_ids", "score_mask", "ended", "sampled_logprobs")
+SAMPLED = ("response_ids", "action_mask", "ended", "ended_by_eos", "sampled_logprobs", "texts")
 SCORED = ("logprobs", "reference", "entropy", "values", "score")
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """By which a process knows of the others."""
@@ -141,8 +141,14 @@ class Processes:
             return part
         device = part.response_ids.device
         query_ids, query_mask = left_padded(prompts, pad, device)
-        whole = self.whole({name: getattr(part, name) for name in (*SAMPLED, "texts")}, len(prompts))
-        return replace(part, query_ids=query_ids, query_mask=query_mask, **whole)
+        sampled = {name: getattr(part, name) for name in SAMPLED}
+        # as lists, since what the reward model reads need not be as wide in every process
+        read = [ids[mask].tolist() for ids, mask in zip(part.score_ids, part.score_mask, strict=True)]
+        whole = self.whole({**sampled, "read": read}, len(prompts))
+        score_ids, score_mask = right_padded(whole.pop("read"), pad, device, at_least=part.response_ids.shape[1] + 1)
+        return replace(
+            part, query_ids=query_ids, query_mask=query_mask, score_ids=score_ids, score_mask=score_mask, **whole
+        )
 
     def whole_scores(self, part: Scored, total: int) -> Scored:
         """Return the scores of all rows, given the part of `rows`; `common` stays this process's own."""

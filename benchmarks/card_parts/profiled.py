@@ -161,11 +161,12 @@ def made_up_rollout(bench: Bench, rows: int, prompt: int, answer: int) -> Rollou
     def real(width: int) -> torch.Tensor:
         return torch.ones((rows, width), dtype=torch.bool, device=bench.device)
 
-    response, ended = drawn(answer), torch.zeros(rows, dtype=torch.bool, device=bench.device)
+    text, ended = drawn(answer + 1), torch.zeros(rows, dtype=torch.bool, device=bench.device)
     logprobs = torch.zeros((rows, answer), device=bench.device)
     return Rollout(
-        drawn(prompt), real(prompt), response, real(answer), response, real(answer), ended, logprobs, [""] * rows
-    )
+        drawn(prompt), real(prompt), text[:, :-1], real(answer), text, real(answer + 1), ended, ended, logprobs,
+        [""] * rows,
+    )  # fmt: skip
 
 
 def made_up_scores(bench: Bench, rows: int, answer: int) -> Scored:

@@ -19,10 +19,14 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
     return ids.to(device), mask.to(device)
 
 
-def right_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids, mask) [rows, longest], padded on the right."""
+def right_padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device, at_least: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (ids, mask) [rows, longest or `at_least`, whichever is more], padded on the right."""
     ids, mask = left_padded([row[::-1] for row in rows], pad, device)
-    return ids.flip(1), mask.flip(1)
+    missing = max(at_least - ids.shape[1], 0)
+    widened = torch.nn.functional.pad
+    return widened(ids.flip(1), (0, missing), value=pad), widened(mask.flip(1), (0, missing), value=False)
 
 
 def states_without_padding(

@@ -19,7 +19,7 @@ from lora_rlhf.evaluation.answers import GivenAnswers, kl_to_base
 from lora_rlhf.evaluation.arms import bad_word_pattern
 from lora_rlhf.evaluation.loaded_arms import LoadedArm
 from lora_rlhf.memory_peak import ran_out
-from lora_rlhf.ppo.decoding import stop_position
+from lora_rlhf.ppo.decoding import ending_ids, stop_position, tokens_of_text
 from lora_rlhf.reward.sources import Answers, CombinedReward
 
 
@@ -32,6 +32,7 @@ class Answer:
         tokens: sampled so far.
         seconds: from the start of the answer to its last token; all arms are decoded together.
         ended: whether it ended by itself.
+        end_token: the sampled token that ended it; None where a stop string did, or nothing.
         stopped: whether it was stopped by hand.
         finished: whether no more will come.
         left_out: oldest rounds of the conversation that its model was not shown, for want of room.
@@ -43,6 +44,7 @@ class Answer:
     tokens: int = 0
     seconds: float = 0.0
     ended: bool = False
+    end_token: int | None = None
     stopped: bool = False
     finished: bool = False
     left_out: int = 0
@@ -162,14 +164,16 @@ class ChatComparison:
                 continue
             tokenizer = self.arms[name].tokenizer
             body = tokens[: len(tokens) - decoding.ended[row]]
-            stop = stop_position(tokenizer, body, self.stop_strings) if self.stop_strings else None
+            stop = stop_position(tokenizer, body, self.stop_strings)
             if stop is not None:
                 decoding.end([row])
-                tokens, body = tokens[: stop[1]], tokens[: stop[0]]
+                tokens = tokens[: stop[0]]
+                body = tokens_of_text(tokenizer, tokens, stop[1])
             answer.tokens, answer.seconds = len(tokens), seconds
             answer.ended = decoding.ended[row] or stop is not None
+            answer.end_token = tokens[-1] if decoding.ended[row] and stop is None else None
             answer.finished = row not in decoding.live
-            text = clean_text(stop[2] if stop is not None else tokenizer.decode(body, skip_special_tokens=True))
+            text = clean_text(tokenizer.decode(body, skip_special_tokens=True))
             answer.text = text.strip() if answer.finished else settled_text(text, self.stop_strings)
             answer.bad_words = sorted({found.lower() for found in self.bad_words.findall(answer.text)})
 
@@ -180,7 +184,7 @@ class ChatComparison:
             return
         arm, rows = self.arms["base"], []
         for name in names.copy():  # in base's own format, whatever template the arm answered in
-            tokens = harmless_answer_ids(arm.tokenizer, answers[name].text, answers[name].ended)
+            tokens = harmless_answer_ids(arm.tokenizer, answers[name].text)
             try:
                 rows.append(fitted_prompt(arm.tokenizer, conversations[name], self.context - len(tokens))[0] + tokens)
             except UserError:  # longer in these tokens than in those it was sampled in: no score, but an answer
@@ -209,13 +213,13 @@ class ChatComparison:
             return f"{type(error).__name__}: {error}"
         return None
 
-    def kl_of_plus(self, messages: Sequence[Message], answer: str, ended: bool) -> float:
+    def kl_of_plus(self, messages: Sequence[Message], answer: str, end_token: int | None) -> float:
         """Return Σ log p_plus − log p_base over the tokens of Plus's answer, in nats at temperature 1.
 
         Args:
             messages: of Plus's conversation, up to the user's message that is answered.
             answer: its text.
-            ended: whether it ended by itself.
+            end_token: the token that was sampled to end it and counts with the text; None where none was.
 
         Raises:
             UserError: there is no Plus, or its vocabulary is not base's.
@@ -223,12 +227,14 @@ class ChatComparison:
         if "plus" not in self.arms:
             raise UserError("there is no Plus among the arms")
         arm = self.arms["plus"]
-        tokens = harmless_answer_ids(arm.tokenizer, answer, ended)
+        tokens = harmless_answer_ids(arm.tokenizer, answer)[:-1]  # EOS need not have been sampled
+        if end_token is not None and end_token in ending_ids(arm.tokenizer).tolist():
+            tokens.append(end_token)
         prompt, _ = fitted_prompt(arm.tokenizer, messages, self.context - len(tokens))
         if not tokens:
             return 0.0
         with self._model_in_use:
-            kl = kl_to_base(arm, self.arms["base"], GivenAnswers([answer], [ended], [prompt], [tokens]), 1.0)
+            kl = kl_to_base(arm, self.arms["base"], GivenAnswers([answer], [True], [prompt], [tokens]), 1.0)
         if kl is None:
             raise UserError("Plus and base have different vocabularies, so that there is no KL between them")
         return kl[0]

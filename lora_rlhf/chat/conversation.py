@@ -214,6 +214,7 @@ def _restored_answer(held: Mapping[str, Any]) -> Answer:
         tokens=int(held["tokens"]),
         seconds=float(held["seconds"]),
         ended=bool(held["ended"]),
+        end_token=None if held.get("end_token") is None else int(held["end_token"]),
         stopped=bool(held["stopped"]),
         finished=True,
         left_out=int(held["left_out"]),

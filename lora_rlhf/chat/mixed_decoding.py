@@ -62,8 +62,8 @@ class MixedDecoding:
         side_by_side: adapters of these roles (and others) from the base's layers, if they are there already.
 
     Attributes:
-        tokens: sampled token ids of each row so far; the EOS that ended an answer is one of them.
-        ended: whether each row ended by EOS.
+        tokens: sampled token ids of each row so far; the token that ended an answer is one of them.
+        ended: whether each row ended by one of `ending_ids`.
         live: rows that go on.
     """
 

@@ -63,9 +63,9 @@ def harmless_text(text: str, markers: re.Pattern[str]) -> str:
     return markers.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
-def harmless_answer_ids(tokenizer: Any, answer: str, ended: bool) -> list[int]:
-    """Return the ids of an answer as they follow a prompt, with EOS where it `ended`; none of its text is control."""
-    return answer_ids(tokenizer, harmless_text(answer, turn_markers(tokenizer)))[: None if ended else -1]
+def harmless_answer_ids(tokenizer: Any, answer: str) -> list[int]:
+    """Return the ids of an answer as they follow a prompt, then EOS; none of its text is control."""
+    return answer_ids(tokenizer, harmless_text(answer, turn_markers(tokenizer)))
 
 
 def fitted_prompt(tokenizer: Any, messages: Sequence[Message], room: int) -> tuple[list[int], int]:

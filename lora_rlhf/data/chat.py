@@ -1,7 +1,7 @@
 """Chat format: templates, and the one way in which prompts and answers become token ids.
 
 A dialogue is always `prompt ids + answer ids + EOS`, whoever reads it: reward training, SFT, PPO and scoring all call
-the functions here, so that the last real token of an ended answer is its EOS everywhere.
+the functions here, so that the last real token of every answer that is scored is its EOS.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def set_chat_template(tokenizer: Any, chat_template: str | None) -> None:
         tokenizer.chat_template = HUMAN_ASSISTANT
     name = chat_template or "the tokenizer's own"
     try:
-        before, _ = _frame(tokenizer)
+        before, _, _ = _frame(tokenizer)
     except Exception as error:  # whatever Jinja and the template itself raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"chat_template: {name} does not render a question and an answer: {reason}") from None
@@ -80,18 +80,30 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
 
     Tokenised behind a prompt, since a tokenizer may cut a text that stands alone otherwise.
     """
-    before, lead = _frame(tokenizer)
+    before, lead, _ = _frame(tokenizer)
     start, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, before + lead + answer))
     if whole[: len(start)] != start:  # the tokenizer joins prompt and answer
         start, whole = [], tokenizer(lead + answer, add_special_tokens=False)["input_ids"]
     return [*whole[len(start) :], tokenizer.eos_token_id]
 
 
-def _frame(tokenizer: Any) -> tuple[str, str]:
-    """Return (a prompt as the template renders it, what the template puts between prompt and answer)."""
+def turn_end_id(tokenizer: Any) -> int | None:
+    """Return the special token by which the template closes an assistant's turn, where it has one that is not EOS.
+
+    Many chat models end their answers with such a token (`<|im_end|>`, `<end_of_turn>`) and have another one as EOS.
+    None means that the template closes a turn with EOS, with plain text or not at all.
+    """
+    closing = _frame(tokenizer)[2].strip()
+    first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - {tokenizer.eos_token_id}
+    return first[0] if first and first[0] in special else None
+
+
+def _frame(tokenizer: Any) -> tuple[str, str, str]:
+    """Return what the template renders (as a prompt, between prompt and answer, after an answer)."""
     question: list[Message] = [{"role": "user", "content": _QUESTION}]
     before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     mark = "\N{REFERENCE MARK}"
     whole = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": mark}], tokenize=False)
     lead = whole[len(before) :].partition(mark)[0] if whole.startswith(before) and mark in whole else ""
-    return before, lead
+    return before, lead, whole.rpartition(mark)[2] if mark in whole else ""

@@ -14,7 +14,7 @@ from lora_rlhf.data.chat import Message, answer_ids, prompt_ids
 from lora_rlhf.evaluation.arms import prompts_of_any_template
 from lora_rlhf.evaluation.loaded_arms import LoadedArm, digest
 from lora_rlhf.evaluation.result_cache import ResultCache
-from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.decoding import Sampling, ending_ids
 from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import Answers
@@ -28,7 +28,7 @@ class GivenAnswers:
         texts: the answers.
         ended: whether each ended by itself.
         prompt_ids: token ids of each prompt, in the arm's own template.
-        answer_ids: the sampled token ids, EOS included.
+        answer_ids: the sampled token ids, with the EOS or stop string that ended them.
     """
 
     texts: list[str]
@@ -66,7 +66,7 @@ def given_answers(
         part = [list(messages) for messages in conversations[start : start + batch]]
         key = {
             "what": "answers", "arm": arm.fingerprint, "prompts": part, "seed": seed + start,
-            "sampling": {**asdict(sampling), "batch_size": None},
+            "sampling": {**asdict(sampling), "batch_size": None}, "ends": ending_ids(arm.tokenizer).tolist(),
         }  # fmt: skip
         sample = functools.partial(_sampled, arm, part, sampling, seed + start, cache.processes)
         found = GivenAnswers(**cache.result(key, sample))
@@ -119,11 +119,14 @@ def as_read_by_reward(
     given: GivenAnswers,
     columns: dict[str, list[Any]] | None = None,
 ) -> Answers:
-    """Return the answers in the format of the base's reward models, whatever template the arm answered in."""
+    """Return the answers in the format of the base's reward models, whatever template the arm answered in.
+
+    Each answer has EOS after it, as in reward training, whether it ended by itself or not.
+    """
     tokenizer = base_arm.tokenizer
     rows = [
-        prompt_ids(tokenizer, messages) + answer_ids(tokenizer, text)[: None if ended else -1]
-        for messages, text, ended in zip(conversations, given.texts, given.ended, strict=True)
+        prompt_ids(tokenizer, messages) + answer_ids(tokenizer, text)
+        for messages, text in zip(conversations, given.texts, strict=True)
     ]
     ids, mask = right_padded(rows, tokenizer.pad_token_id, base_arm.base.device)
     return Answers(ids, mask, [list(messages) for messages in conversations], given.texts, columns or {})

@@ -100,12 +100,9 @@ def model_arm_answers(
             rows=rows,
         )
         answered = chunk[rows]
-        # the reward model reads the dialogue in its own format, whatever template the arm answered in
+        # the reward model reads the dialogue in its own format, EOS included, whatever template the arm answered in
         base_prompts = _prompts(base_tokenizer, answered)
-        read = [
-            prompt + answer_ids(base_tokenizer, text)[: None if ended else -1]
-            for prompt, text, ended in zip(base_prompts, rollout.texts, rollout.ended.tolist(), strict=True)
-        ]
+        read = [p + answer_ids(base_tokenizer, text) for p, text in zip(base_prompts, rollout.texts, strict=True)]
         ids, mask = right_padded(read, base_tokenizer.pad_token_id, base.device)
         kl = torch.full((len(answered),), float("nan"))
         if same_vocabulary:

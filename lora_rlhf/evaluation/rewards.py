@@ -203,4 +203,4 @@ def _read(evaluation: Evaluation, given: GivenAnswers) -> Answers:
 
 def _rows(evaluation: Evaluation, given: GivenAnswers) -> dict[str, Any]:
     prompts = [pair.messages for pair in evaluation.pairs]
-    return {"base": evaluation.base_arm.fingerprint, "rows": digest(json.dumps([prompts, given.texts, given.ended]))}
+    return {"base": evaluation.base_arm.fingerprint, "rows": digest(json.dumps([prompts, given.texts]))}

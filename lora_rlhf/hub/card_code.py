@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from lora_rlhf.hub.base_origin import BaseOrigin
 
 QUESTION = '[{"role": "user", "content": "How do I fly a kite?"}]'
-_ANSWER = f"""messages = {QUESTION}
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-prompt = prompt.to(model.device)
-answer = model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shape[1] :]
-print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
-def load_plus_code(repo_id: str, origin: BaseOrigin) -> str:
+def _answering(stop_strings: Sequence[str]) -> str:
+    """Return the lines that let a loaded model answer, up to EOS or the first of the stop strings."""
+    lines = [
+        f"messages = {QUESTION}",
+        "prompt = tokenizer.apply_chat_template("
+        'messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
+        "prompt = prompt.to(model.device)",
+    ]
+    options = "max_new_tokens=64"
+    if stop_strings:
+        lines.append(f"stop_strings = {json.dumps(list(stop_strings), ensure_ascii=False)}")
+        options += ", stop_strings=stop_strings, tokenizer=tokenizer"
+    lines += [
+        f'answer = model.generate(**prompt, {options})[0, prompt["input_ids"].shape[1] :]',
+        "text = tokenizer.decode(answer, skip_special_tokens=True)",
+    ]
+    if stop_strings:
+        lines += ["for stop in stop_strings:", "    text = text.split(stop)[0]"]
+    return "\n".join([*lines, "print(text.strip())"])
+
+
+def load_plus_code(repo_id: str, origin: BaseOrigin, stop_strings: Sequence[str]) -> str:
     """Return the lines that load the model with `load_plus` and let it answer."""
-    return _block("\n".join(load_plus_lines(repo_id, origin)), _ANSWER)
+    return _block("\n".join(load_plus_lines(repo_id, origin)), _answering(stop_strings))
 
 
 def load_plus_lines(repo_id: str, origin: BaseOrigin) -> list[str]:
@@ -23,34 +42,34 @@ def load_plus_lines(repo_id: str, origin: BaseOrigin) -> list[str]:
     return ["from lora_rlhf import load_plus", "", f"model, tokenizer = load_plus({_quoted(repo_id)}{base})"]
 
 
-def adapter_code(repo_id: str, origin: BaseOrigin, dtype: str, four_bits: bool) -> str:
+def adapter_code(repo_id: str, origin: BaseOrigin, dtype: str, four_bits: bool, stop_strings: Sequence[str]) -> str:
     """Return the lines that put the adapter on its base with PEFT."""
     imports = ["AutoModelForCausalLM", "AutoTokenizer"]
     return _block(
         _imports(origin, imports, four_bits),
         _loaded("AutoModelForCausalLM", repo_id, origin, dtype, four_bits)
         + f"\nmodel = PeftModel.from_pretrained(base, {_quoted(repo_id)}).eval()",
-        _ANSWER,
+        _answering(stop_strings),
     )
 
 
-def merging_code(repo_id: str, origin: BaseOrigin, dtype: str) -> str:
+def merging_code(repo_id: str, origin: BaseOrigin, dtype: str, stop_strings: Sequence[str]) -> str:
     """Return the lines that merge the adapter into the 16-bit weights of a base that is published in 16 bits."""
     return _block(
         _imports(origin, ["AutoModelForCausalLM", "AutoTokenizer"], four_bits=False),
         _loaded("AutoModelForCausalLM", repo_id, origin, dtype, four_bits=False)
         + f"\nmodel = PeftModel.from_pretrained(base, {_quoted(repo_id)}).merge_and_unload().eval()",
-        _ANSWER,
+        _answering(stop_strings),
     )
 
 
-def merged_code(repo_id: str) -> str:
+def merged_code(repo_id: str, stop_strings: Sequence[str]) -> str:
     """Return the lines that load a merged model with transformers."""
     return _block(
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"tokenizer = AutoTokenizer.from_pretrained({_quoted(repo_id)})\n"
         f'model = AutoModelForCausalLM.from_pretrained({_quoted(repo_id)}, dtype="auto", device_map="auto").eval()',
-        _ANSWER,
+        _answering(stop_strings),
     )
 
 

@@ -24,6 +24,12 @@ PLUS_METRICS = (
     ("ended_rate", "ended_rate", "share of answers that end"),
     ("bad_word_rate", "bad_word_rate", "share of answers with a word of the bad-word list"),
 )
+STOP_STRINGS = (
+    "In training, an answer ended at EOS or before the first of these stop strings. Where it does not end with EOS, it "
+    "runs on with the next turn, unless `generate` is given the stop strings and the tokenizer, as above: a generation "
+    "config cannot hold them, and a `pipeline` takes them in its call: "
+    "`pipe(messages, stop_strings=stop_strings, tokenizer=tokenizer)`."
+)
 CITATION = """```bibtex
 @article{zheng2024balancing,
   title   = {Balancing Enhancement, Harmlessness, and General Capabilities: Enhancing Conversational LLMs with Direct RLHF},
@@ -167,17 +173,19 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> Iterable[str]:
-    dtype, four_bits = facts.config.dtype, facts.config.load_in_4bit
+    dtype, four_bits, stops = facts.config.dtype, facts.config.load_in_4bit, facts.config.ppo.stop_strings
     if facts.kind == "reward":
         yield "With `lora_rlhf` installed, which gives a dialogue the token ids that this model was trained on:"
         yield reward_code(facts.repo_id, facts.origin, dtype, four_bits)
         yield "Higher is better; only differences between answers to the same prompt mean something."
         return
     yield "With `lora_rlhf` installed:"
-    yield load_plus_code(facts.repo_id, facts.origin)
+    yield load_plus_code(facts.repo_id, facts.origin, stops)
     if facts.kind == "merged":
         yield "With transformers alone:"
-        yield merged_code(facts.repo_id)
+        yield merged_code(facts.repo_id, stops)
+        if stops:
+            yield STOP_STRINGS
         merge = facts.summary.get("merge", {})
         target, drift = merge.get("target"), merge.get("drift", {}).get(merge.get("target"))
         if _finite(drift):
@@ -189,7 +197,9 @@ def _use(facts: CardFacts) -> Iterable[str]:
     yield "With PEFT" + (
         " alone:" if facts.origin.kind in ("hub", "folder") else ", on the base that the package builds:"
     )
-    yield adapter_code(facts.repo_id, facts.origin, dtype, four_bits)
+    yield adapter_code(facts.repo_id, facts.origin, dtype, four_bits, stops)
+    if stops:
+        yield STOP_STRINGS
     if facts.origin.published_type:
         yield (
             "The base is published in 4 bits alone, which an adapter cannot be merged into without rounding it. "
@@ -203,7 +213,7 @@ def _use(facts: CardFacts) -> Iterable[str]:
         f"Merged into the base's own weights, it is a plain model{trained}. "
         "`python recipes/push_to_hub.py --merged` publishes the merged model that the run itself made."
     )
-    yield merging_code(facts.repo_id, facts.origin, dtype)
+    yield merging_code(facts.repo_id, facts.origin, dtype, stops)
 
 
 def _results(facts: CardFacts) -> Iterable[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.config import PpoSettings
+from lora_rlhf.data.chat import answer_ids, turn_end_id
 from lora_rlhf.ppo.rollout_cache import rollout_cache
 
 EXTRA_TOKENS = 8
@@ -106,11 +109,11 @@ class TrunkDecoder:
 
 
 class AnswerEndings:
-    """Watches the answers of a batch grow, and tells which of them have ended by EOS or by a stop string.
+    """Watches the answers of a batch grow, and tells which of them have ended by a token or by a stop string.
 
     Args:
         tokenizer: of the model.
-        stop_strings: that end an answer besides EOS.
+        stop_strings: that end an answer besides `ending_ids`.
         rows: of the batch.
     """
 
@@ -209,17 +212,37 @@ def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def ending_ids(tokenizer: Any) -> torch.Tensor:
-    """Return the ids that end an answer, int64 [n]."""
-    return torch.tensor([tokenizer.eos_token_id])
+    """Return the ids that end an answer, int64 [n]: EOS, and the token by which the chat template closes a turn."""
+    turn_end = None if tokenizer.chat_template is None else turn_end_id(tokenizer)
+    return torch.tensor([tokenizer.eos_token_id] if turn_end is None else [tokenizer.eos_token_id, turn_end])
 
 
-def stop_position(tokenizer: Any, tokens: list[int], stop_strings: tuple[str, ...]) -> tuple[int, int, str] | None:
-    """Return (tokens before the stop string, tokens up to its end, text before it) of the first one, or none."""
-    text = tokenizer.decode(tokens)
+def stop_position(tokenizer: Any, tokens: list[int], stop_strings: Sequence[str]) -> tuple[int, str] | None:
+    """Return (tokens up to the end of the stop string, text before it) of the first one; None where there is none."""
+    text = tokenizer.decode(tokens) if stop_strings else ""
     found = [(text.index(stop), stop) for stop in stop_strings if stop in text]
     if not found:
         return None
     at, stop = min(found)
-    kept = max((n for n in range(len(tokens) + 1) if len(tokenizer.decode(tokens[:n])) <= at), default=0)
-    end = next(n for n in range(kept, len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
-    return kept, end, text[:at]
+    end = bisect.bisect_left(range(len(tokens)), True, key=lambda n: stop in tokenizer.decode(tokens[:n]))
+    return end, text[:at]
+
+
+def tokens_of_text(tokenizer: Any, tokens: list[int], text: str) -> list[int]:
+    """Return ids that read `text` without the blanks at its end, which the sampled `tokens` go beyond.
+
+    A token may straddle the end of the text. So these are the tokens that lie wholly inside it, then those of the
+    characters that are missing; or the ids that training would give the text, where the tokenizer does not read the
+    missing characters alone as they stand (some put a space in front).
+    """
+    text = text.rstrip()
+    counts = range(len(tokens), -1, -1)
+    inside = next(tokens[:n] for n in counts if text.startswith(tokenizer.decode(tokens[:n])))
+    missing = text[len(tokenizer.decode(inside)) :]
+    if not missing:
+        return inside
+    pieced = [*inside, *tokenizer(missing, add_special_tokens=False)["input_ids"]]
+    if tokenizer.decode(pieced).strip() == text.strip():
+        return pieced
+    whole = answer_ids(tokenizer, text.strip())[:-1]
+    return whole if tokenizer.decode(whole).strip() == text.strip() else inside

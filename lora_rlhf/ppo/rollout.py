@@ -9,23 +9,28 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.packing import batches_by_length, left_padded
+from lora_rlhf.base.packing import batches_by_length, left_padded, right_padded
 from lora_rlhf.base.shared import SharedBase
-from lora_rlhf.ppo.decoding import Decoder, Sampling, decoder_of, ending_ids, stop_position
+from lora_rlhf.ppo.decoding import Decoder, Sampling, decoder_of, ending_ids, stop_position, tokens_of_text
 
 
 @dataclass
 class Rollout:
     """A batch of answers. Prompts are padded on the left to Q tokens, answers on the right to R tokens.
 
+    Reward training ends every answer with EOS. So the reward model reads each answer with EOS after it, however it
+    ended: a missing end costs what the penalties say, and nothing else. That takes S = R + 1 tokens, and more where a
+    token that straddles a stop string is read as several.
+
     Attributes:
         query_ids: [batch, Q].
         query_mask: [batch, Q].
         response_ids: [batch, R] sampled tokens, pad after the end.
         action_mask: [batch, R] the tokens that were chosen up to the end: the EOS or stop string itself is one of them.
-        score_ids: [batch, R] what the reward model reads: an answer that ended at a stop string has EOS in its place.
-        score_mask: [batch, R].
+        score_ids: [batch, S] what the reward model reads: the tokens of the answer without its end, then EOS.
+        score_mask: [batch, S].
         ended: [batch] whether the answer ended by itself.
+        ended_by_eos: [batch] whether it did so by a token (see `ending_ids`), where plain `generate` ends too.
         sampled_logprobs: [batch, R] of the sampler, in nats at the sampling temperature.
         texts: the answers without EOS and stop string.
     """
@@ -37,6 +42,7 @@ class Rollout:
     score_ids: torch.Tensor
     score_mask: torch.Tensor
     ended: torch.Tensor
+    ended_by_eos: torch.Tensor
     sampled_logprobs: torch.Tensor
     texts: list[str]
 
@@ -56,7 +62,7 @@ class Rollout:
 
     @property
     def text_ids(self) -> torch.Tensor:
-        """Prompt and answer as the reward model reads them [batch, Q + R]."""
+        """Prompt and answer as the reward model reads them [batch, Q + S]."""
         return torch.cat([self.query_ids, self.score_ids], 1)
 
     @property
@@ -126,30 +132,28 @@ def _cut_rollout(
     stop_strings: tuple[str, ...],
     tokenizer: Any,
 ) -> Rollout:
-    """Return the rollout with every answer cut at its first EOS or stop string; what came after is masked."""
+    """Return the rollout with every answer cut at its first end token or stop string; what came after is masked."""
     rows, length = response.shape
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    lengths, ended = torch.full((rows,), length), torch.zeros(rows, dtype=torch.bool)
-    score_lengths, texts, score_ids = lengths.clone(), [], torch.full_like(response, pad)
+    eos, pad, device = tokenizer.eos_token_id, tokenizer.pad_token_id, response.device
+    lengths = torch.full((rows,), length)
+    ended, by_eos = torch.zeros((2, rows), dtype=torch.bool)
+    texts, read = [], []
     endings = set(ends.tolist())
     for i, row in enumerate(response.tolist()):
         end = next((t for t, token in enumerate(row) if token in endings), None)
         body = row if end is None else row[:end]
-        stop = stop_position(tokenizer, body, stop_strings) if stop_strings else None
+        stop = stop_position(tokenizer, body, stop_strings)
         if stop is not None:
-            kept, lengths[i], text = stop
-            body, ended[i] = body[:kept], True
+            lengths[i], ended[i] = stop[0], True
+            body = tokens_of_text(tokenizer, body[: stop[0]], stop[1])
         elif end is not None:
-            lengths[i], ended[i] = end + 1, True
-        read = [*body, eos] if ended[i] else body
-        score_ids[i, : len(read)] = torch.tensor(read, device=response.device)
-        score_lengths[i] = len(read)
-        texts.append((tokenizer.decode(body, skip_special_tokens=True) if stop is None else text).strip())
-    columns = torch.arange(length)
-    action_mask = (columns < lengths[:, None]).to(response.device)
-    score_mask = (columns < score_lengths[:, None]).to(response.device)
+            lengths[i], ended[i], by_eos[i] = end + 1, True, True
+        read.append([*body, eos])
+        texts.append(tokenizer.decode(body, skip_special_tokens=True).strip())
+    action_mask = (torch.arange(length) < lengths[:, None]).to(device)
+    score_ids, score_mask = right_padded(read, pad, device, at_least=length + 1)
     response = torch.where(action_mask, response, pad)
     return Rollout(
-        query_ids, query_mask, response, action_mask, score_ids, score_mask, ended.to(response.device),
+        query_ids, query_mask, response, action_mask, score_ids, score_mask, ended.to(device), by_eos.to(device),
         logprobs * action_mask, texts,
     )  # fmt: skip

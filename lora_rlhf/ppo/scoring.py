@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import pad
 
 from lora_rlhf.base.packing import batches_by_length
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase, last_real
@@ -13,6 +15,9 @@ from lora_rlhf.data.chat import Message
 from lora_rlhf.ppo.advantages import value_mask
 from lora_rlhf.ppo.rollout import Rollout
 from lora_rlhf.reward.sources import AdapterReward, Answers, CombinedReward
+
+Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""What a role reads: ids [rows, length], mask [rows, length] and `SharedBase.common_states` of them."""
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Scored:
 
 
 def answers_of(rollout: Rollout, prompts: list[list[Message]], columns: dict[str, list[object]]) -> Answers:
-    """Return the rollout as reward sources see it: prompt and truncated answer, in ids and in text."""
+    """Return the rollout as reward sources see it: prompt and answer up to its end, in ids (with EOS) and in text."""
     return Answers(rollout.text_ids, rollout.text_mask, prompts, rollout.texts, columns)
 
 
@@ -67,11 +72,14 @@ def scored_by_roles(
     with base.layers.adapters_cast(POLICY, REWARD, VALUE):
         for rows in batches_by_length(rollout.mask, everyone, settings.scoring_batch_size):
             ids, mask, action = rollout.ids[rows], rollout.mask[rows], rollout.action_mask[rows]
-            common = base.common_states(ids, mask)
+            common, of_text = _common_states(base, rollout, rows, bool(own))
             if common is not None:
                 kept = common.new_zeros((count, *common.shape[1:])) if kept is None else kept
                 kept[rows] = common
-            states = _states_of_roles(base, rollout, rows, common, bool(own), settings.mixed_adapter_scoring)
+            read = dict.fromkeys(_roles_of_ids(base), (ids, mask, common))
+            if own:
+                read[REWARD] = (rollout.text_ids[rows], rollout.text_mask[rows], of_text)
+            states = _states_of_roles(base, read, settings.mixed_adapter_scoring)
             logprobs[rows], entropy[rows] = base.response_logprobs(
                 states[POLICY], ids, action, settings.temperature, settings.logits_chunk_size
             )
@@ -85,25 +93,49 @@ def scored_by_roles(
     return Scored(logprobs, reference, entropy, values, torch.zeros_like(raw), own_scores, kept)
 
 
-def _states_of_roles(
-    base: SharedBase, rollout: Rollout, rows: torch.Tensor, common: torch.Tensor | None, with_reward: bool, mixed: bool
-) -> dict[str, torch.Tensor]:
-    """Return the states [rows, Q + R, d] of each role that has an adapter, and of the reference.
+def _roles_of_ids(base: SharedBase) -> list[str]:
+    """Return the roles that read the sampled tokens; a value head without adapter reads the policy's states."""
+    return [role for role in (POLICY, REFERENCE, VALUE) if role == REFERENCE or role in base.configs]
 
-    The reward role, where it is asked for, reads the text. A value head without adapter reads the policy's states.
+
+def _common_states(
+    base: SharedBase, rollout: Rollout, rows: torch.Tensor, with_text: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return `SharedBase.common_states` of the sampled tokens and, where asked for, of the text of some rows.
+
+    Causal layers do not look ahead. So where the text begins with the sampled tokens, their states are those of the
+    text; only answers that ended at a stop string need a pass of their own.
     """
-    played = [role for role in (POLICY, REFERENCE, VALUE) if role == REFERENCE or role in base.configs]
-    read = dict.fromkeys(played, (rollout.ids[rows], rollout.mask[rows], common))
-    if with_reward:
-        ids, mask = rollout.text_ids[rows], rollout.text_mask[rows]
-        same = torch.equal(ids, rollout.ids[rows]) and torch.equal(mask, rollout.mask[rows])
-        read[REWARD] = (ids, mask, common if same else base.common_states(ids, mask))
+    ids, mask = rollout.ids[rows], rollout.mask[rows]
+    if not with_text:
+        return base.common_states(ids, mask), None
+    text_ids, text_mask = rollout.text_ids[rows], rollout.text_mask[rows]
+    of_text = base.common_states(text_ids, text_mask)
+    if of_text is None:
+        return None, None
+    width = ids.shape[1]
+    of_ids = of_text[:, :width] * mask[..., None]
+    differs = (mask & ~(text_mask[:, :width] & (text_ids[:, :width] == ids))).any(1)
+    if differs.any() and (own := base.common_states(ids[differs], mask[differs])) is not None:
+        of_ids[differs] = own
+    return of_ids, of_text
+
+
+def _states_of_roles(base: SharedBase, read: Mapping[str, Read], mixed: bool) -> dict[str, torch.Tensor]:
+    """Return the states [rows, length, d] of each role for what it reads; a mixed pass plays all roles at once."""
     if not mixed:
         return {role: base.hidden(role, *inputs) for role, inputs in read.items()}
-    ids, mask = (torch.cat([inputs[i] for inputs in read.values()]) for i in (0, 1))  # type: ignore[misc]
-    entering = None if common is None else torch.cat([inputs[2] for inputs in read.values()])  # type: ignore[misc]
-    roles = [role for role in read for _ in rows]
-    return dict(zip(read, base.hidden_mixed(roles, ids, mask, entering).chunk(len(read)), strict=True))
+    width = max(ids.shape[1] for ids, _, _ in read.values())
+
+    def together(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Concatenate [rows, length, ...] of several lengths."""
+        return torch.cat([pad(part, (0, 0) * (part.dim() - 2) + (0, width - part.shape[1])) for part in parts])
+
+    ids, mask = (together(inputs[i] for inputs in read.values()) for i in (0, 1))  # type: ignore[misc]
+    common = [states for _, _, states in read.values() if states is not None]
+    roles = [role for role, (own, _, _) in read.items() for _ in own]
+    states = base.hidden_mixed(roles, ids, mask, together(common) if common else None).chunk(len(read))
+    return {role: part[:, : read[role][0].shape[1]] for role, part in zip(read, states, strict=True)}
 
 
 def state_values(base: SharedBase, states: torch.Tensor, action_mask: torch.Tensor, offset: float) -> torch.Tensor:

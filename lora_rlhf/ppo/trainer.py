@@ -248,7 +248,7 @@ class PpoTrainer:
         metrics: Metrics = {
             "step": self.step_count,
             "episodes": self.episodes,
-            "reward": (self.penalised(scored.score, rollout.ended) - self.kl.coef * (kl * mask).sum(1)).mean().item(),
+            "reward": (self.penalised(scored.score, rollout) - self.kl.coef * (kl * mask).sum(1)).mean().item(),
             "score": scored.score.mean().item(),
             "kl": answer_kl,
             "kl_coef": self.kl.coef,
@@ -256,6 +256,7 @@ class PpoTrainer:
             **learning,
             "response_length": mask.sum(1).float().mean().item(),
             "ended_rate": rollout.ended.float().mean().item(),
+            "eos_rate": rollout.ended_by_eos.float().mean().item(),
             "repetition": repetition(rollout.response_ids, mask),
             "sampler_kl": masked_mean(rollout.sampled_logprobs - scored.logprobs, mask).item(),
             "sampler_max_difference": (rollout.sampled_logprobs - scored.logprobs).abs().max().item(),
@@ -291,14 +292,15 @@ class PpoTrainer:
             self.within_limit.keep(self.parameters, self.step_count + 1, kl)
         return limit is not None and kl > limit
 
-    def penalised(self, score: torch.Tensor, ended: torch.Tensor) -> torch.Tensor:
-        """8. Return the score, less the penalty where the answer did not end."""
-        return score - self.settings.missing_eos_penalty * ~ended
+    def penalised(self, score: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        """8. Return the score, less the penalty where the answer did not end, and a share of it at a stop string."""
+        s, at_stop_string = self.settings, rollout.ended & ~rollout.ended_by_eos
+        return score - s.missing_eos_penalty * (~rollout.ended + s.stop_string_penalty * at_stop_string)
 
     def targets(self, rollout: Rollout, scored: Scored, kl: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (whitened advantages [batch, R], returns [batch, R + 1])."""
         s, mask = self.settings, rollout.action_mask
-        rewards = token_rewards(kl, self.kl.coef, self.penalised(scored.score, rollout.ended), mask)  # 9.
+        rewards = token_rewards(kl, self.kl.coef, self.penalised(scored.score, rollout), mask)  # 9.
         states = value_mask(mask)  # 10.
         if s.whiten_rewards:
             rewards = masked_whiten(rewards, states, keep_mean=True)  # 12.

@@ -31,7 +31,7 @@ class Answers:
     """What a reward source may look at: token ids of the base's tokenizer, and text.
 
     Attributes:
-        ids: [answers, length] prompt and answer.
+        ids: [answers, length] prompt and answer, EOS at its end whether it was sampled or not.
         mask: [answers, length].
         prompts: the messages of each prompt.
         completions: the text of each answer.
@@ -73,7 +73,11 @@ class AdapterReward:
 
 @dataclass
 class ClassifierReward:
-    """A sequence-classification model with one output, given text through its own tokenizer and chat template."""
+    """A sequence-classification model with one output, given text through its own tokenizer and chat template.
+
+    Every answer is closed as in training, whether it ended or not: by the template, or else by EOS, as trl trains on
+    plain text, where the tokenizer does not close a text by itself.
+    """
 
     model: Any
     tokenizer: Any
@@ -99,7 +103,9 @@ class ClassifierReward:
         if self.tokenizer.chat_template is not None:
             return self.tokenizer.apply_chat_template(dialogue, tokenize=False)
         names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-        return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in dialogue)
+        closes = self.tokenizer("x")["input_ids"][-1] in self.tokenizer.all_special_ids
+        end = "" if closes else self.tokenizer.eos_token or ""
+        return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in dialogue) + end
 
 
 @dataclass

@@ -204,10 +204,10 @@ def full_rollout(config: RunConfig, rows: int) -> Rollout:
     To be called inside an `OperationCounter`, which makes whole numbers real.
     """
     ids, answers = _ones(rows, config.max_prompt_length), _ones(rows, config.ppo.response_length)
-    ended = torch.zeros(rows, dtype=torch.bool, device=META)
+    text, ended = _ones(rows, config.ppo.response_length + 1), torch.zeros(rows, dtype=torch.bool, device=META)
     logprobs = torch.zeros(answers.shape, device=META)
     return Rollout(
-        ids, ids.bool(), answers, answers.bool(), answers, answers.bool(), ended, logprobs, texts=[""] * rows
+        ids, ids.bool(), answers, answers.bool(), text, text.bool(), ended, ended, logprobs, texts=[""] * rows
     )
 
 

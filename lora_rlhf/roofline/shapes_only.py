@@ -30,7 +30,7 @@ QUANTISED_PER_SCALE, SCALES_PER_SCALE = 64, 256
 class NoText:
     """A tokenizer that the counted code asks for nothing but these: no answer ends, and each token is no text."""
 
-    pad_token_id, eos_token_id = 0, -1
+    pad_token_id, eos_token_id, chat_template = 0, -1, None
 
     def decode(self, ids: list[int], **_: Any) -> str:
         """Return no text, so that no stop string is found."""

@@ -144,7 +144,19 @@ def test_answers_say_how_they_ended(comparison: ChatComparison, tokenizer: Any) 
     comparison.stop_strings = (whole.text[3:6],)
     ended = last(comparison, {"plus": QUESTION}, ChatSampling(0, 1.0, 24))["plus"]
     assert ended.text == whole.text[: whole.text.index(whole.text[3:6])].strip()
-    assert ended.ended and ended.tokens < whole.tokens
+    assert ended.ended and ended.end_token is None and ended.tokens < whole.tokens
+
+
+def test_the_token_that_closes_a_turn_ends_an_answer(comparison: ChatComparison, tokenizer: Any) -> None:
+    base, prompt = comparison.arms["plus"].base, prompt_ids(tokenizer, QUESTION)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<s>"
+    with torch.no_grad():  # Plus says nothing else
+        state = base.hidden(POLICY, torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.bool))[0, -1]
+        base.lm_head.weight[end] = 100 * state / state.norm()
+    answer = last(comparison, {"plus": QUESTION}, GREEDY)["plus"]
+    assert (answer.text, answer.tokens, answer.ended, answer.end_token) == ("", 1, True, end)
+    assert comparison.kl_of_plus(QUESTION, "", end) != 0.0 == comparison.kl_of_plus(QUESTION, "", None)
 
 
 def test_an_eos_ends_one_answer_while_others_go_on(comparison: ChatComparison, tokenizer: Any) -> None:
@@ -165,17 +177,24 @@ def test_an_eos_ends_one_answer_while_others_go_on(comparison: ChatComparison, t
 def test_scores_are_the_rewards_of_prompt_and_answer(comparison: ChatComparison, tokenizer: Any) -> None:
     answers = last(comparison, {"base": QUESTION, "plus": LONGER}, GREEDY)
     rows = [
-        prompt_ids(tokenizer, messages) + answer_ids(tokenizer, answers[arm].text)[:-1]  # cut: no EOS
+        prompt_ids(tokenizer, messages) + answer_ids(tokenizer, answers[arm].text)  # EOS, as in training
         for arm, messages in (("base", QUESTION), ("plus", LONGER))
     ]
+    assert not any(answer.ended for answer in answers.values())
     ids, mask = right_padded(rows, tokenizer.pad_token_id, torch.device("cpu"))
     expected = comparison.arms["base"].base.scores(REWARD, ids, mask, 2)
     torch.testing.assert_close(torch.tensor([answers["base"].score, answers["plus"].score]), expected)
 
 
-def test_kl_is_the_difference_of_log_probs_over_the_answer(comparison: ChatComparison, tokenizer: Any) -> None:
+@pytest.mark.parametrize("end", ["EOS", "stop string"])
+def test_kl_is_the_difference_of_log_probs_over_the_answer(
+    comparison: ChatComparison, tokenizer: Any, end: str
+) -> None:
     base, prompt = comparison.arms["plus"].base, prompt_ids(tokenizer, QUESTION)
     tokens = answer_ids(tokenizer, "Water it.")
+    end_token = tokens[-1] if end == "EOS" else None
+    if end_token is None:  # the EOS was not sampled
+        tokens.pop()
     ids = torch.tensor([prompt + tokens])
     logprobs = []
     with torch.no_grad():
@@ -184,10 +203,10 @@ def test_kl_is_the_difference_of_log_probs_over_the_answer(comparison: ChatCompa
             logprobs.append(torch.log_softmax(states @ base.lm_head.weight.T, -1)[0, len(prompt) - 1 : -1])
     chosen = torch.tensor(tokens)[:, None]
     expected = (logprobs[0].gather(1, chosen) - logprobs[1].gather(1, chosen)).sum().item()
-    assert comparison.kl_of_plus(QUESTION, "Water it.", True) == pytest.approx(expected, abs=1e-3)
+    assert comparison.kl_of_plus(QUESTION, "Water it.", end_token) == pytest.approx(expected, abs=1e-3)
     del comparison.arms["plus"]
     with pytest.raises(UserError, match="no Plus"):
-        comparison.kl_of_plus(QUESTION, "Water it.", True)
+        comparison.kl_of_plus(QUESTION, "Water it.", None)
 
 
 def test_old_rounds_are_left_out_with_a_notice_and_a_message_that_cannot_fit_is_refused(

@@ -258,6 +258,23 @@ def test_every_block_is_python_and_loads_safely(kind: Kind, origin: str) -> None
         assert all(f'revision="{"f" * 40}"' in block for block in blocks if "load_plus" not in block)
 
 
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_the_card_of_a_run_with_stop_strings_passes_them_on(kind: Kind) -> None:
+    stops = ["\n\nHuman:", 'a "quoted" one']
+    config = RunConfig()
+    assert "stop" not in model_card(facts(kind, config=config)).partition("## Results")[0]
+    config.ppo.stop_strings = stops
+    card = model_card(facts(kind, config=config))
+    assert "In training, an answer ended at EOS or before the first of these stop strings." in card
+    for block in code_blocks(card):
+        compile(block, "card", "exec")
+        space: dict[str, Any] = {}
+        (line,) = re.findall(r"^stop_strings = .*$", block, re.MULTILINE)
+        exec(line, space)
+        assert space["stop_strings"] == stops
+        assert "max_new_tokens=64, stop_strings=stop_strings, tokenizer=tokenizer)" in block
+
+
 def test_the_blocks_of_a_pushed_card_load_the_trained_model(
     hub: HubServer, pushed: Push, loud_run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,7 +90,7 @@ def test_a_model_that_unsloth_loaded_is_decoded_by_its_own_generate(make_base: C
 class Spelling:
     """A tokenizer whose tokens are these texts, and which counts the tokens that it decodes."""
 
-    eos_token_id = 0
+    eos_token_id, chat_template = 0, None
 
     def __init__(self, texts: list[str]) -> None:
         self.texts, self.decoded = texts, 0

@@ -22,8 +22,8 @@ STEPS = 3
 class SlowPpo:
     """Plain PyTorch on four separately loaded models; shares no code with lora_rlhf.ppo."""
 
-    def __init__(self, config, folder, trainer, scale):
-        self.s, self.scale = config.ppo, scale
+    def __init__(self, config, folder, trainer, scale, tokenizer):
+        self.s, self.scale, self.tokenizer = config.ppo, scale, tokenizer
         self.models, self.heads = {}, {}
         for role in ("policy", "reward", "value"):
             file = folder / role / "adapter_config.json"
@@ -33,6 +33,8 @@ class SlowPpo:
             self.models[role] = PeftModel.from_pretrained(load_causal_lm(config), str(folder / role), is_trainable=True)
             self.models[role].eval()
         self.models["reference"] = load_causal_lm(config)
+        for model in self.models.values():
+            model.get_output_embeddings().weight.data.copy_(trainer.base.lm_head.weight)
         for role in ("reward", "value"):
             self.heads[role] = torch.nn.Parameter(trainer.base.heads[role].weight.detach().clone())
         self.value_role = "value" if config.ppo.value_model == "adapter" else "policy"
@@ -63,6 +65,21 @@ class SlowPpo:
             torch.stack([states[len(prompt) - 1 + t] @ self.heads["value"][0] for t in range(len(answer) + 1)]) - shift
         )
 
+    def read(self, answer):
+        """The tokens that the reward model reads and the penalty: EOS after every answer, whatever ended it."""
+        s, eos = self.s, self.tokenizer.eos_token_id
+        if answer[-1] == eos:
+            return answer, 0.0
+        text = self.tokenizer.decode(answer)
+        if not any(stop in text for stop in s.stop_strings):
+            return [*answer, eos], s.missing_eos_penalty
+        text = min((text.split(stop)[0] for stop in s.stop_strings), key=len).rstrip()
+        before = answer
+        while not text.startswith(self.tokenizer.decode(before)):
+            before = before[:-1]
+        rest = self.tokenizer(text[len(self.tokenizer.decode(before)) :], add_special_tokens=False)["input_ids"]
+        return [*before, *rest, eos], s.missing_eos_penalty * s.stop_string_penalty
+
     def step(self, rollout, orders):
         s = self.s
 
@@ -71,17 +88,14 @@ class SlowPpo:
 
         prompts = cut(rollout.query_ids, rollout.query_mask)
         answers = cut(rollout.response_ids, rollout.action_mask)
-        texts = cut(rollout.text_ids, rollout.text_mask)
         old, old_values, returns, advantages = [], [], [], []
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        for prompt, answer in zip(prompts, answers, strict=True):
             with torch.no_grad():
                 logp, ref = self.logprobs("policy", prompt, answer), self.logprobs("reference", prompt, answer)
                 value = self.values(prompt, answer)
-                score = (
-                    self.states("reward", texts[i])[0][-1] @ self.heads["reward"][0] - self.scale.mean
-                ) / self.scale.std
-            if not rollout.ended[i]:
-                score = score - s.missing_eos_penalty
+                read, penalty = self.read(answer)
+                raw = self.states("reward", prompt + read)[0][-1] @ self.heads["reward"][0]
+                score = (raw - self.scale.mean) / self.scale.std - penalty
             rewards = [-s.kl_coef * float(d) for d in logp - ref] + [float(score)]
             n = len(rewards)
             delta = [rewards[t] + (float(value[t + 1]) if t + 1 < n else 0.0) - float(value[t]) for t in range(n)]
@@ -145,18 +159,20 @@ FAST_PATHS = {
 def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer, tmp_path, fast_paths, layers):
     settings = {
         "total_steps": 5, "batch_size": 6, "num_ppo_epochs": 2, "num_mini_batches": 2, "micro_batch_size": 2,
-        "response_length": 6, "temperature": 0.7, "stop_strings": ["e"], "kl_coef": 0.1, "learning_rate": 1e-3,
+        "response_length": 5, "temperature": 0.7, "stop_strings": ["e", "t"], "kl_coef": 0.1, "learning_rate": 1e-3,
         "normalization_samples": 6, "update_kl_limit": None, "max_kl": None, "logits_chunk_size": 5,
         "max_grad_norm": 0.5,
     }  # fmt: skip
     lora = LoraSettings(r=4, lora_alpha=8, layers_to_transform=layers)
     config = make_config(ppo=settings | fast_paths, max_train_pairs=12, lora=lora)
     base = make_base(config, roles=(REWARD,))
+    with torch.no_grad():
+        base.lm_head.weight[tokenizer.eos_token_id] *= 3
     pairs, _ = preference_pairs(config, tokenizer, "train")
     trainer = PpoTrainer(base, tokenizer, pairs, CombinedReward([AdapterReward(base)]), config.ppo, seed=3)
     for role in ("policy", "reward", "value"):
         base.save_adapter(role, tmp_path / role)
-    slow = SlowPpo(config, tmp_path, trainer, trainer.reward.scales[REWARD])
+    slow = SlowPpo(config, tmp_path, trainer, trainer.reward.scales[REWARD], tokenizer)
 
     rollouts, orders = [], []
     plain_rollout, plain_update = trainer._rollout, trainer.update
@@ -179,7 +195,8 @@ def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer,
         slow.step(rollouts[step], orders[step])
     ours = [p.detach() for r in ("policy", "value") for p in base.parameters(r)]
     assert slow.clipped == set(range(len(ours))), "the norm is small enough to matter to policy and value"
-    assert any(r.ended.any() for r in rollouts) and not all(r.ended.all() for r in rollouts)
+    endings = {tuple(row) for r in rollouts for row in torch.stack([r.ended, r.ended_by_eos], 1).tolist()}
+    assert endings == {(True, True), (True, False), (False, False)}
     assert len(ours) == len(slow.parameters)
     assert max(float((a - b).abs().max()) for a, b in zip(ours, before, strict=True)) > 1e-3
     for mine, theirs in zip(ours, slow.parameters, strict=True):

@@ -102,9 +102,9 @@ def test_an_answer_ends_at_its_first_eos_and_what_follows_is_masked_padding(toke
     n, rest = len(hi) + 1, 3
     assert rollout.response_ids[0].tolist() == [*hi, eos] + [pad] * rest
     assert rollout.action_mask[0].tolist() == [True] * n + [False] * rest
-    assert rollout.score_ids[0].tolist() == rollout.response_ids[0].tolist()
-    assert torch.equal(rollout.score_mask, rollout.action_mask)
-    assert rollout.ended.tolist() == [True, False]
+    assert rollout.score_ids[0].tolist() == [*hi, eos] + [pad] * (rest + 1)
+    assert rollout.score_mask[0].tolist() == [True] * n + [False] * (rest + 1)
+    assert rollout.ended.tolist() == rollout.ended_by_eos.tolist() == [True, False]
     assert rollout.action_mask[1].all()
     assert rollout.texts[0] == "hi"
     assert (rollout.sampled_logprobs[0, n:] == 0).all()
@@ -137,10 +137,10 @@ def test_an_answer_ends_at_a_stop_string(tokenizer: Any) -> None:
     assert rollout.response_ids[0].tolist() == [*said, *stop] + [pad] * rest
     assert rollout.action_mask[0].tolist() == [True] * (len(said) + len(stop)) + [False] * rest
     # ... and the reward model reads EOS in their place.
-    assert rollout.score_ids[0].tolist() == [*said, eos] + [pad] * (20 - len(said) - 1)
+    assert rollout.score_ids[0].tolist() == [*said, eos] + [pad] * (20 - len(said))
     assert rollout.score_mask[0].sum() == len(said) + 1
     assert rollout.texts == ["Yes."]
-    assert rollout.ended.all()
+    assert rollout.ended.all() and not rollout.ended_by_eos.any()
 
 
 @pytest.mark.parametrize("stops", [("one", "two", "wo"), ("wo", "two", "one")])
@@ -158,7 +158,8 @@ def test_whichever_of_eos_and_stop_string_comes_first_ends_the_answer(tokenizer:
     rollout, _ = scripted_rollout([[*said, *end]], tokenizer, 10, ("#",))
     assert rollout.response_ids[0, : len(said) + 1].tolist() == [*said, end[0]]
     assert rollout.action_mask.sum() == len(said) + 1
-    assert rollout.texts == ["ab"]
+    assert rollout.texts == ["ab"] and rollout.ended.all()
+    assert rollout.ended_by_eos.item() == (first == "EOS")
 
 
 def test_a_stop_string_at_the_very_start_leaves_an_empty_answer_of_one_eos(tokenizer: Any) -> None:
@@ -176,11 +177,12 @@ def test_text_before_a_stop_string_is_kept_when_one_token_holds_both(tokenizer: 
     assert rollout.texts == ["1" + before]
 
 
-def test_an_answer_cut_by_its_length_has_not_ended_and_gets_no_eos(tokenizer: Any) -> None:
+def test_an_answer_cut_by_its_length_has_not_ended_and_is_read_with_eos_as_in_training(tokenizer: Any) -> None:
     answer = spelled(tokenizer, "abcdefgh")
     rollout, _ = scripted_rollout([answer], tokenizer, 3, ("#",))
-    assert not rollout.ended.any()
-    assert rollout.score_ids.tolist() == rollout.response_ids.tolist() == [answer[:3]]
+    assert not rollout.ended.any() and not rollout.ended_by_eos.any()
+    assert rollout.response_ids.tolist() == [answer[:3]]
+    assert rollout.score_ids.tolist() == [[*answer[:3], tokenizer.eos_token_id]]
     assert rollout.score_mask.all() and rollout.action_mask.all()
 
 
@@ -204,7 +206,9 @@ def test_prompts_are_padded_on_the_left_and_answers_follow_at_once(tokenizer: An
     rollout, _ = scripted_rollout([[70, 71], [72, 73]], tokenizer, length=2)
     assert rollout.ids.tolist() == [[pad, 251, 70, 71], [250, 252, 72, 73]]
     assert rollout.mask.tolist() == [[False, True, True, True], [True] * 4]
-    assert torch.equal(rollout.text_ids, rollout.ids) and torch.equal(rollout.text_mask, rollout.mask)
+    eos = tokenizer.eos_token_id
+    assert rollout.text_ids.tolist() == [[*row, eos] for row in rollout.ids.tolist()]
+    assert rollout.text_mask.tolist() == [[*row, True] for row in rollout.mask.tolist()]
 
 
 # -- the real model: cache, padding and batch do not matter -----------------------------------------------------------

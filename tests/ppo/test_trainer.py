@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -91,11 +92,29 @@ def test_clipped_scores_are_counted_and_the_raw_ones_stay_as_they_are(make_train
 
 def test_an_answer_without_end_loses_the_penalty(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(text_length, batch_size=16, missing_eos_penalty=2.5, kl_coef=0.0)
-    penalised = trainer.penalised(torch.tensor([1.0, 1.0]), torch.tensor([True, False]))
-    assert penalised.tolist() == [1.0, -1.5]
     metrics = trainer.step()
-    assert 0 < metrics["ended_rate"] < 1
+    assert 0 < metrics["ended_rate"] < 1 and metrics["eos_rate"] == metrics["ended_rate"]
     expected = metrics["score"] - 2.5 * (1 - metrics["ended_rate"])
+    assert metrics["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, [1, 1, -1.5]), (0.4, [1, 0, -1.5]), (1.0, [1, -1.5, -1.5])])
+def test_an_answer_that_ends_at_a_stop_string_loses_a_share_of_the_penalty(
+    make_trainer: MakeTrainer, share: float, expected: list[float]
+) -> None:
+    trainer = make_trainer(missing_eos_penalty=2.5, stop_string_penalty=share)
+    rollout, _ = rolled_and_scored(trainer, 3)
+    ended, by_eos = torch.tensor([True, True, False]), torch.tensor([True, False, False])
+    rollout = replace(rollout, ended=ended, ended_by_eos=by_eos)
+    assert trainer.penalised(torch.ones(3), rollout).tolist() == expected  # by EOS, at a stop string, cut
+
+
+def test_the_rate_of_eos_leaves_out_what_ended_at_a_stop_string(make_trainer: MakeTrainer) -> None:
+    settings = {"batch_size": 16, "kl_coef": 0.0, "missing_eos_penalty": 2.0, "stop_string_penalty": 0.25}
+    metrics = make_trainer(text_length, stop_strings=["e", "t"], response_length=4, **settings).step()
+    ended, by_eos = metrics["ended_rate"], metrics["eos_rate"]
+    assert 0 < by_eos < ended < 1
+    expected = metrics["score"] - 2.0 * (1 - ended) - 0.5 * (ended - by_eos)
     assert metrics["reward"] == pytest.approx(expected, abs=1e-5)
 
 
