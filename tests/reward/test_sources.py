@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -353,10 +354,21 @@ def test_a_classifier_reads_text_through_its_own_template_and_scores_as_stock_tr
     assert expected.std() > 0.01
 
 
-def test_a_classifier_without_template_reads_human_and_assistant_turns(sources: Sources, tmp_path: Path) -> None:
+@pytest.mark.parametrize("closes", [False, True], ids=["open", "closed by its tokenizer"])
+def test_a_classifier_without_template_reads_human_and_assistant_turns_and_one_eos(
+    sources: Sources, tmp_path: Path, closes: bool
+) -> None:
+    """trl trains on plain text with EOS after it; a tokenizer of BERT's kind closes every text by itself."""
     write_classifier(tmp_path / "judge", template=None)
+    if closes:
+        file = tmp_path / "judge" / "tokenizer.json"
+        held = json.loads(file.read_text())
+        held["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+        held["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+        file.write_text(json.dumps(held))
     (source,) = sources({"kind": "model", "path": str(tmp_path / "judge")})
     texts = ["\n\nHuman: question 0\n\nAssistant: Yes.", "\n\nHuman: question 1 again\n\nAssistant: No."]
+    texts = texts if closes else [text + "</s>" for text in texts]
     expected = stock_scores(tmp_path / "judge", texts, add_special_tokens=True)
     torch.testing.assert_close(source.scores(answers("Yes.", "No.")), expected, atol=1e-4, rtol=0)
 

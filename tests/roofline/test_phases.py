@@ -83,14 +83,18 @@ def adapters(tokens: int) -> tuple[float, float]:
 def test_the_products_of_scoring_by_hand(config: RunConfig) -> None:
     phase = one(ppo_phases(config, CARD), "policy, reference, reward and value")
     tokens, answers = 20 * 160, 20 * 60
-    flops, moved = (4 * own for own in body(tokens))  # four roles
-    flops, moved = flops + 3 * adapters(tokens)[0], moved + 3 * adapters(tokens)[1]  # the reference has no adapter
+    read = 20 * 161  # by the reward role: EOS after every answer
+    flops, moved = (3 * own + of_text for own, of_text in zip(body(tokens), body(read), strict=True))
+    for own in (adapters(tokens), adapters(tokens), adapters(read)):  # the reference has no adapter
+        flops, moved = flops + own[0], moved + own[1]
     head = SIZES.hidden * SIZES.vocabulary
     flops += 2 * 2 * answers * head  # log-probs of policy and reference
     moved += 2 * (2 * (answers * SIZES.hidden + head) + 4 * answers * SIZES.vocabulary)  # logits are float32
     heads = 2 * SIZES.hidden * (20 * 61 + 20)  # of value and reward, in float32, for states that were read
     moved_by_heads = 4 * (20 * 61 * (SIZES.hidden + 1) + 20 * (SIZES.hidden + 1) + 2 * SIZES.hidden)
-    angles, moved_by_angles = 4 * 2 * 160 * 8, 4 * 4 * (160 + 8 + 160 * 8)  # positions times the 8 rotary frequencies
+    widths = (160, 160, 160, 161)
+    angles = sum(2 * width * 8 for width in widths)  # positions times the 8 rotary frequencies
+    moved_by_angles = sum(4 * (width + 8 + width * 8) for width in widths)
     assert products(phase) == (flops + heads + angles, moved + moved_by_heads + moved_by_angles)
     assert phase.times == 2
 
