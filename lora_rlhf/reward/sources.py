@@ -147,7 +147,7 @@ class ScoreScale:
         """Return the scale of scores [answers], at least one, and whether they have a spread.
 
         Where they have none the deviation is taken to be 1: a smaller one would make a million of the first score that
-        differs. The sums are in float64, in which equal float32 numbers have a deviation of 0.
+        differs. The sums are in float64, which rounds far less than the scores are rounded already.
         """
         wide = scores.double()
         std = wide.std(correction=1).item() if len(wide) > 1 else 0.0
