@@ -157,9 +157,9 @@ FAST_PATHS = {
 def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer, tmp_path, fast_paths, layers):
     settings = {
         "total_steps": 5, "batch_size": 6, "num_ppo_epochs": 2, "num_mini_batches": 2, "micro_batch_size": 2,
-        "response_length": 6, "temperature": 0.7, "stop_strings": ["e"], "kl_coef": 0.1, "learning_rate": 1e-3,
+        "response_length": 6, "temperature": 0.7, "stop_strings": ["e"], "kl_coef": 0.1, "learning_rate": 5e-4,
         "normalization_samples": 6, "update_kl_limit": None, "max_kl": None, "logits_chunk_size": 5,
-        "max_grad_norm": 0.5,
+        "max_grad_norm": 0.5, "vf_coef": 0.5,
     }  # fmt: skip
     lora = LoraSettings(r=4, lora_alpha=8, layers_to_transform=layers)
     config = make_config(ppo=settings | fast_paths, max_train_pairs=12, lora=lora)
