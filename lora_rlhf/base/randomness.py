@@ -1,4 +1,4 @@
-"""What makes a model random in train mode, and turning it off: dropout in all its forms, dropped layers, router noise."""
+"""What makes a model random in train mode, and turning it off: dropout in all its forms, noise in routers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-RATES = re.compile(r"drop|jitter")
-"""In the names of attributes and config fields that hold the rate of something random."""
+RATES = re.compile(r"drop|^(input_)?jitter")
+"""In the names of attributes and config fields that hold the rate of something random (`router_jitter_noise` of PhiMoE
+decides in eval mode too, and stays)."""
 
 
 def turn_off_randomness(model: Any) -> None:

@@ -42,7 +42,9 @@ WIDTHS = {
 AT_MOST = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "moe_layer_start_index", "num_shared_experts"), 1),
+    **dict.fromkeys(
+        ("n_group", "topk_group", "first_k_dense_replace", "moe_layer_start_index", "num_shared_experts"), 1
+    ),
     **dict.fromkeys(("n_groups", "mamba_n_groups", "mamba_ngroups", "num_dense_layers"), 1),
     **dict.fromkeys(("n_positions", "n_ctx", "max_seq_len"), 256),
 }
@@ -53,11 +55,11 @@ PERIODS = ("_period", "_interval", "_step", "_pattern")
 """Ends of names of numbers that say in how many layers a kind of layer comes again."""
 PLACES = ("_layers", "_idxs", "_indices", "_layer_ids")
 """Ends of names of lists that hold the numbers of the layers of a kind."""
-MOST_LAYERS, MOST_PARAMETERS = 12, 10_000_000
+MOST_LAYERS, MOST_PARAMETERS = 12, 5_000_000
 
 
 def small_config(config: Any) -> Any:
-    """Return a transformers config of the same architecture: narrow, and as deep as it takes to have each kind of layer.
+    """Return a config of the same architecture, narrow, and as deep as it takes to have each kind of layer.
 
     Raises:
         Exception: whatever the config's class raises where the small sizes do not fit together.
@@ -67,7 +69,7 @@ def small_config(config: Any) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         del small.quantization_config
     small.bos_token_id, small.eos_token_id, small.pad_token_id = 1, 2, 0
-    small.use_cache = True
+    small.use_cache, small._name_or_path = True, ""  # by its name PEFT would look its vocabulary up, and find another
     return small
 
 
@@ -156,6 +158,7 @@ def small_twin(config: Any, auto_class: Any, seed: int = 0, **fields: Any) -> An
     if size > MOST_PARAMETERS:
         raise ValueError(f"its twin would have {size} parameters: a size of this architecture is not known")
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model = auto_class.from_config(small, dtype=torch.float32)
     fill_randomly(model, seed)
     return model.eval()

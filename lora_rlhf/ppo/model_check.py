@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from lora_rlhf.base.adapters import HEAD_KEY, base_identity, lora_config, write_adapter
-from lora_rlhf.base.loading import load_causal_lm, quiet_transformers
+from lora_rlhf.base.loading import load_causal_lm, model_config, quiet_transformers
 from lora_rlhf.base.packing import right_padded
 from lora_rlhf.base.prequantized import BASE_SETTING
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, SharedBase
@@ -35,20 +36,23 @@ from lora_rlhf.ppo.readings import (
     MIXED_DECODED,
     NO_END,
     Difference,
+    Reader,
     Rows,
     difference,
     fill_adapter,
     own_logprobs,
+    own_logprobs_at_once,
     random_policy,
     row_logprobs,
     sample_rows,
     shared_differences,
     shared_logprobs,
 )
+from lora_rlhf.reward.own_reward import trains_own_reward
 
 LIMIT = 1e-4
 """Nats by which log-probs in float32 may differ, and the share of the largest by which gradients may."""
-NOISE_FACTOR = 10
+NOISE_FACTOR = 5
 """How many times what one more rounding of every layer's output does a base in 16 or 4 bits may be off."""
 GRADIENTS, SCORES = "gradients of the adapter", "scores of a reward adapter that was trained on its own"
 
@@ -74,6 +78,12 @@ def check_architecture(found: Any, settings: LoraSettings, mixed: bool = True, o
     return True
 
 
+def check_architecture_of(config: RunConfig) -> bool:
+    """Check the architecture of a run's base, as `check_architecture` does, for what the run does with it."""
+    own_reward = trains_own_reward(config.ppo.reward_sources)
+    return check_architecture(model_config(config), config.lora, config.ppo.mixed_adapter_scoring, own_reward)
+
+
 class NoTwin(Exception):
     """The sizes of this architecture are not known well enough to make a small one of it."""
 
@@ -87,7 +97,11 @@ def architecture_differences(
         NoTwin: no small twin can be made.
         UserError: the model cannot be shared.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
 
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         try:
@@ -98,11 +112,10 @@ def architecture_differences(
             if ran_out(error):
                 raise
             raise NoTwin(first_line(error)) from error
-        lora = lora_config(settings)
-        lora.layers_to_transform = None  # the twin has other layers
+        lora = lora_of_twin(settings)
         with _explained(found, "cannot be shared by several roles"):
             base = SharedBase(shared, lora, torch.float32)
-            stock = get_peft_model(plain, lora_config_like(lora), adapter_name=POLICY).eval()
+            stock = get_peft_model(plain, lora_of_twin(settings), adapter_name=POLICY).eval()
         fill_adapter(stock, POLICY, lora.lora_alpha / lora.r)
 
         def expected(role: str, rows: Rows) -> list[torch.Tensor]:
@@ -110,7 +123,7 @@ def architecture_differences(
                 return own_logprobs(stock, rows)
 
         with random_policy(base):
-            readings = shared_differences(base, rows, expected, mixed)
+            readings = _all_differences(base, rows, expected, mixed)
             while True:
                 with _explained(found, "cannot be run as PPO runs it"):
                     apart = next(readings, None)
@@ -121,17 +134,28 @@ def architecture_differences(
                 apart = _gradients_apart(base, stock, rows)
             yield apart
         if own_reward:
+            if type(found) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+                raise UserError(
+                    f"ppo.reward_sources: transformers has no classifier of the architecture {found.model_type}, so "
+                    "that no reward adapter can be trained on it: name another reward there, or choose another model"
+                )
             with _explained(found, "cannot have a reward adapter of its own"):
                 classifier = small_twin(found, AutoModelForSequenceClassification, num_labels=1)
-                apart = _scores_apart(base, classifier, lora_config(settings, "SEQ_CLS"), rows)
+                apart = _scores_apart(base, classifier, lora_of_twin(settings, "SEQ_CLS"), rows)
             yield apart
 
 
-def lora_config_like(config: Any) -> Any:
-    """Return a copy of a LoRA config: PEFT writes into the one that it is given."""
-    import copy
+def _all_differences(base: SharedBase, rows: Rows, expected: Reader, mixed: bool) -> Iterator[Difference]:
+    both = (REFERENCE, POLICY)
+    with torch.no_grad():
+        found = [row for role in both for row in shared_logprobs(base, role, rows)]
+    yield difference(EVAL, found, [row for role in both for row in expected(role, rows)])
+    yield from shared_differences(base, rows, expected, mixed)
 
-    return copy.deepcopy(config)
+
+def lora_of_twin(settings: LoraSettings, task_type: str = "CAUSAL_LM") -> Any:
+    """Return PEFT's config of the run's adapters, on all layers: the twin has others."""
+    return lora_config(replace(settings, layers_to_transform=None), task_type)
 
 
 def _gradients_apart(base: SharedBase, stock: Any, rows: Rows) -> Difference:
@@ -140,28 +164,24 @@ def _gradients_apart(base: SharedBase, stock: Any, rows: Rows) -> Difference:
     for name, parameter in stock.named_parameters():
         parameter.requires_grad_("lora_" in name)
     ours = shared_logprobs(base, POLICY, rows)
-    theirs = [row_logprobs(stock, torch.tensor([row])) for row in rows]
+    theirs = [row_logprobs(stock, torch.tensor([row]))[0] for row in rows]
     for told in (ours, theirs):
         torch.stack([(w * row).sum() for w, row in zip(weights, told, strict=True)]).sum().backward()
-    pairs = [
-        (p.grad, q.grad)
-        for p, q in zip(base.parameters(POLICY), (q for n, q in stock.named_parameters() if "lora_" in n), strict=True)
+    flat = [
+        torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in side])
+        for side in (base.parameters(POLICY), [p for n, p in stock.named_parameters() if "lora_" in n])
     ]
-    flat = [torch.cat([torch.zeros(n) if g is None else g.flatten() for g, n in side]) for side in zip(
-        *(((a, p.numel()), (b, p.numel())) for (a, b), p in zip(pairs, base.parameters(POLICY), strict=True)), strict=True
-    )]
     largest = flat[1].abs().max()
     return difference(GRADIENTS, [flat[0] / largest], [flat[1] / largest])
 
 
 def _scores_apart(base: SharedBase, classifier: Any, lora: Any, rows: Rows) -> Difference:
-    """Return how far the scores of a reward adapter are, on the base, from those of the classifier that it is made on."""
-    trunk = getattr(classifier, classifier.base_model_prefix)
-    trunk.load_state_dict({n.replace(".base_layer", ""): t for n, t in base.trunk.state_dict().items() if "lora_" not in n})
+    """Return how far a reward adapter's scores on the base are from those of the classifier that it is made on."""
+    plain = {n.replace(".base_layer", ""): t for n, t in base.trunk.state_dict().items() if ".lora_" not in n}
+    getattr(classifier, classifier.base_model_prefix).load_state_dict(plain)
     classifier.config.pad_token_id = NO_END.pad_token_id
     nn.init.normal_(classifier.score.weight, std=0.1)
     identity = base_identity(classifier)
-    lora.layers_to_transform = None
     stock = get_peft_model(classifier, lora).eval()
     fill_adapter(stock, "default", lora.lora_alpha / lora.r)
     ids, mask = right_padded(rows, NO_END.pad_token_id, base.device)
@@ -173,6 +193,113 @@ def _scores_apart(base: SharedBase, classifier: Any, lora: Any, rows: Rows) -> D
         write_adapter(Path(folder), stock.peft_config["default"], state, head, identity)
         base.load_adapter(REWARD, Path(folder))
     return difference(SCORES, [base.scores(REWARD, ids, mask, len(rows))], theirs)
+
+
+def loaded_base(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING) -> SharedBase:
+    """Return a model as a shared base with a fresh policy adapter, checked against its own logits.
+
+    Args:
+        config: the run's; its seed is that of the adapter.
+        name: another model than the run's base.
+        setting: that names the model, for errors.
+
+    Raises:
+        UserError: it cannot be loaded or shared, or computes otherwise when it is shared.
+    """
+    torch.manual_seed(config.seed)
+    causal_lm = load_causal_lm(config, name, setting)
+    dtype = getattr(torch, config.dtype)
+    if hasattr(causal_lm, "for_inference"):  # unsloth's kernels are others: it has a check of its own at loading
+        return SharedBase(causal_lm, lora_config(config.lora), dtype)
+    with _random_state_kept(causal_lm.device):
+        own = OwnReading.of(causal_lm, dtype)
+    base = SharedBase(causal_lm, lora_config(config.lora), dtype)
+    check_base(base, own, config.ppo.mixed_adapter_scoring)
+    return base
+
+
+@dataclass(frozen=True)
+class OwnReading:
+    """What a model says of a few tokens before it is shared.
+
+    Attributes:
+        rows: of token ids.
+        logprobs: of each row's tokens but the first.
+        limit: nats (root mean square) by which another way to compute the same may differ.
+    """
+
+    rows: Rows
+    logprobs: list[torch.Tensor]
+    limit: float
+
+    @classmethod
+    def of(cls, causal_lm: Any, dtype: torch.dtype) -> OwnReading:
+        """Read a model that nothing was done to, as it is and with its outputs rounded once more.
+
+        What a dtype's rounding does to log-probs depends on the model: its depth, its width, what it amplifies. So it
+        is measured on the model itself. Two right ways to compute the same layers differ by several roundings each
+        (another kernel, another order of sums, the residual stream in another dtype), a wrong one by far more.
+        """
+        rows = sample_rows(causal_lm.get_input_embeddings().weight.shape[0])
+        logprobs = own_logprobs_at_once(causal_lm, rows)
+        with rounded_once_more(causal_lm, dtype):
+            noise = difference("rounding", own_logprobs_at_once(causal_lm, rows), logprobs).typical
+        return cls(rows, logprobs, LIMIT + NOISE_FACTOR * noise)
+
+
+@contextlib.contextmanager
+def rounded_once_more(causal_lm: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Change what linear layers and whole blocks give by half a unit in the last place at most, inside the block."""
+    generator, half = torch.Generator().manual_seed(0), torch.finfo(dtype).eps / 2
+
+    def rounded(_: Any, __: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+            return output
+        shift = 1 + half * (2 * torch.rand(first.shape, generator=generator) - 1)
+        moved = (first.float() * shift.to(first.device)).to(first.dtype)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    blocks = [block for stack in causal_lm.modules() if isinstance(stack, nn.ModuleList) for block in stack]
+    layers = [module for module in causal_lm.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(rounded) for module in dict.fromkeys([*blocks, *layers])]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_base(base: SharedBase, own: OwnReading, mixed: bool) -> None:
+    """Check a shared base against what its model said before; it is left as it was found.
+
+    The reference must say what the model said. The policy, with random weights for the while, must say the same in
+    every way in which it is read.
+
+    Args:
+        base: freshly made.
+        own: of the same model, before.
+        mixed: whether the run plays several roles in one pass.
+
+    Raises:
+        UserError: it computes otherwise than the model did.
+    """
+    found = base.causal_lm.config
+
+    @torch.no_grad()
+    def read(role: str, rows: Rows) -> list[torch.Tensor]:
+        return shared_logprobs(base, role, rows)
+
+    with _random_state_kept(base.device), random_policy(base), _explained(found, "cannot be run as PPO runs it"):
+        differences = [difference(EVAL, read(REFERENCE, own.rows), own.logprobs)]
+        differences += shared_differences(base, own.rows, read, mixed)
+    for apart in differences:
+        if not apart.typical <= own.limit:
+            raise UserError(_words(found, apart, own.limit))
+
+
+def _random_state_kept(device: torch.device) -> Any:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.packing import left_padded
+from lora_rlhf.base.packing import left_padded, right_padded
 from lora_rlhf.base.role_layers import MixedRoles
 from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
 from lora_rlhf.ppo.decoding import Sampling, decoder_of
@@ -33,15 +33,22 @@ def sample_rows(vocabulary: int) -> Rows:
 
 @torch.no_grad()
 def own_logprobs(causal_lm: Any, rows: Rows) -> list[torch.Tensor]:
-    """Return what a model's own logits say of rows of token ids: each on its own, with no padding and no mask."""
+    """Return what a model's own logits say of rows of token ids, each on its own: with no padding and no mask."""
     device = causal_lm.get_input_embeddings().weight.device
-    return [row_logprobs(causal_lm, torch.tensor([row], device=device)) for row in rows]
+    return [row_logprobs(causal_lm, torch.tensor([row], device=device))[0] for row in rows]
+
+
+@torch.no_grad()
+def own_logprobs_at_once(causal_lm: Any, rows: Rows) -> list[torch.Tensor]:
+    """Return what `own_logprobs` does, from one pass: a causal model does not see what is behind a token."""
+    ids, mask = right_padded(rows, NO_END.pad_token_id, causal_lm.get_input_embeddings().weight.device)
+    return [row[real] for row, real in zip(row_logprobs(causal_lm, ids), mask[:, 1:], strict=True)]
 
 
 def row_logprobs(causal_lm: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return the log-probs [length - 1], float32, of one row of token ids [1, length], but the first."""
-    logits = causal_lm(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    return torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
+    """Return the log-probs [rows, length - 1], float32, of token ids [rows, length], but the first."""
+    logits = causal_lm(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[..., 0]
 
 
 def shared_logprobs(base: SharedBase, role: str, rows: Rows) -> list[torch.Tensor]:
@@ -83,7 +90,7 @@ DECODED, MIXED_DECODED = "left-padded decoding with a cache", "left-padded decod
 
 
 def shared_differences(base: SharedBase, rows: Rows, expected: Reader, mixed: bool) -> Iterator[Difference]:
-    """Yield how far the policy and the reference of a shared base are from `expected`, one way of reading after another.
+    """Yield how far a shared base is from `expected` where it is not just read in eval mode, role by role.
 
     Args:
         base: whose policy differs from its reference.
@@ -92,31 +99,21 @@ def shared_differences(base: SharedBase, rows: Rows, expected: Reader, mixed: bo
         mixed: whether several roles are played in one pass too.
     """
     right = {role: expected(role, rows) for role in (REFERENCE, POLICY)}
-    with torch.no_grad():
-        found = [row for role in right for row in shared_logprobs(base, role, rows)]
-    yield difference(EVAL, found, [row for role in right for row in right[role]])
     with base.training(), torch.enable_grad():
-        found = shared_logprobs(base, POLICY, rows)
-    yield difference(TRAIN, found, right[POLICY])
-    del found
-    both = [REFERENCE, POLICY] * len(rows)
-    if mixed:
-        ids, mask = left_padded([row for row in rows for _ in range(2)], NO_END.pad_token_id, base.device)
-        with torch.no_grad():
-            found = _of_states(base, base.hidden_mixed(both, ids, mask), ids, mask)
-        yield difference(MIXED, found, [right[role][i] for i in range(len(rows)) for role in (REFERENCE, POLICY)])
+        yield difference(TRAIN, shared_logprobs(base, POLICY, rows), right[POLICY])
     with base.role(POLICY):
-        yield _decoded(DECODED, base, [POLICY] * len(rows), rows, expected)
-    if mixed:
-        playing = MixedRoles(both, base.layers.side_by_side(both))
-        with base.mixed(playing):
-            found_rows = [row for row in rows for _ in range(2)]
-            decoded = _sampled(base, found_rows)
-        yield _compared(MIXED_DECODED, decoded, both, found_rows, expected)
-
-
-def _decoded(reading: str, base: SharedBase, roles: list[str], rows: Rows, expected: Reader) -> Difference:
-    return _compared(reading, _sampled(base, rows), roles, rows, expected)
+        decoded = _sampled(base, rows)
+    yield _compared(DECODED, decoded, [POLICY] * len(rows), rows, expected)
+    if not mixed:
+        return
+    twice, both = [row for row in rows for _ in range(2)], [REFERENCE, POLICY] * len(rows)
+    ids, mask = left_padded(twice, NO_END.pad_token_id, base.device)
+    with torch.no_grad():
+        found = _of_states(base, base.hidden_mixed(both, ids, mask), ids, mask)
+    yield difference(MIXED, found, [right[role][i] for i in range(len(rows)) for role in (REFERENCE, POLICY)])
+    with base.mixed(MixedRoles(both, base.layers.side_by_side(both))):
+        decoded = _sampled(base, twice)
+    yield _compared(MIXED_DECODED, decoded, both, twice, expected)
 
 
 @torch.no_grad()
@@ -133,16 +130,19 @@ def _compared(
     reading: str, decoded: tuple[Rows, list[torch.Tensor]], roles: list[str], rows: Rows, expected: Reader
 ) -> Difference:
     tokens, found = decoded
-    whole = [row + new for row, new in zip(rows, tokens, strict=True)]
-    right = [expected(role, [row])[0][-NEW:] for role, row in zip(roles, whole, strict=True)]
-    return difference(reading, found, right)
+    right: dict[int, torch.Tensor] = {}
+    for role in dict.fromkeys(roles):
+        places = [place for place, own in enumerate(roles) if own == role]
+        told = expected(role, [rows[place] + tokens[place] for place in places])
+        right |= {place: row[-NEW:] for place, row in zip(places, told, strict=True)}
+    return difference(reading, found, [right[place] for place in range(len(rows))])
 
 
 @contextlib.contextmanager
 def random_policy(base: SharedBase) -> Iterator[None]:
     """Let the policy differ from the base inside the block, and have gradients; all is as before afterwards.
 
-    The update of a layer that keeps the size of its input is then about a third of that.
+    The update of a layer is then about as large as its input.
     """
     parameters = base.parameters(POLICY)
     kept = [(p, p.detach().clone(), p.requires_grad) for p in parameters]
@@ -170,5 +170,5 @@ def fill_adapter(model: torch.nn.Module, name: str, scaling: float) -> None:
     generator = torch.Generator().manual_seed(2)
     for path, parameter in model.named_parameters():
         if f".{name}." in path and "lora_" in path:
-            width = parameter.shape[1] if "lora_A" in path else parameter.shape[1] * (scaling / 0.3) ** 2
+            width = parameter.shape[1] if "lora_A" in path else parameter.shape[1] * scaling**2
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / width**0.5)
