@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_rlhf.base.prequantized import stored_precision
-from lora_rlhf.errors import UserError
+from lora_rlhf.errors import UserError, first_line
 
 _LAYER = re.compile(r"\.\d+\.")
 MOST_WHOLE = 0.5
@@ -31,14 +31,29 @@ def _linears(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
             yield plain, module
 
 
-def not_found(causal_lm: Any, wanted: Iterable[str]) -> UserError:
-    """Return the error for a model none of whose layers `lora.target_modules` (`wanted`) names."""
-    text = f"lora.target_modules: this model has none of {', '.join(wanted)}"
+def cannot_adapt(causal_lm: Any, wanted: Iterable[str], error: object) -> UserError:
+    """Return the error for people where PEFT does not adapt a model.
+
+    Args:
+        causal_lm: the model.
+        wanted: `lora.target_modules`.
+        error: PEFT's own.
+    """
     names = linear_names(causal_lm)
-    if not names:
-        kinds = {type(m).__name__ for m in causal_lm.modules() if hasattr(m, "weight") and m.weight.dim() > 1}
-        return UserError(f"{text}, nor any other linear layer ({', '.join(sorted(kinds))} alone): choose another model")
-    return UserError(f"{text}. Its linear layers are these: set lora.target_modules: [{', '.join(names)}]")
+    if set(names) & set(wanted):
+        said = first_line(error).rpartition("] ")[2].partition(". ")[0]
+        return UserError(f"lora.target_modules: PEFT adapts none of them: {said}")
+    text = f"lora.target_modules: this model has none of {', '.join(wanted)}"
+    if names:
+        return UserError(f"{text}. Its linear layers are these: set lora.target_modules: [{', '.join(names)}]")
+    inside = {type(m).__name__ for path, m in causal_lm.named_modules() if _LAYER.search(path) and _is_matrix(m)}
+    kinds = f"its layers hold their weights as {', '.join(sorted(inside))}" if inside else "it has no layers"
+    return UserError(f"{text}, and {kinds}, where no linear layer is: choose another model")
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() > 1
 
 
 def check_no_experts(causal_lm: Any, lora: LoraConfig, wanted: Iterable[str]) -> None:
@@ -47,7 +62,7 @@ def check_no_experts(causal_lm: Any, lora: LoraConfig, wanted: Iterable[str]) ->
     Args:
         causal_lm: adapted by PEFT.
         lora: the adapter's config, as PEFT has changed it.
-        wanted: the modules that it named before, in the user's order.
+        wanted: the modules that it named before.
     """
     if not getattr(lora, "target_parameters", None):
         return

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from lora_rlhf.base.adapted_layers import check_no_experts, not_found
+from lora_rlhf.base.adapted_layers import cannot_adapt, check_no_experts
 from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
 from lora_rlhf.base.attention import PLAIN_MODELS, use_grouped_attention
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
@@ -57,11 +57,11 @@ class SharedBase:
         causal_lm.config.use_cache = True
         use_grouped_attention(causal_lm)
         turn_off_randomness(causal_lm)  # in every role, in train mode too
-        wanted = list(policy.target_modules or ())
+        wanted = sorted(policy.target_modules or ())
         try:
             self.model: PeftModel = get_peft_model(causal_lm, policy, adapter_name=POLICY)
-        except ValueError:
-            raise not_found(causal_lm, wanted) from None
+        except ValueError as error:
+            raise cannot_adapt(causal_lm, wanted, error) from None
         check_no_experts(causal_lm, policy, wanted)
         self.heads = nn.ModuleDict()
         self.configs: dict[str, LoraConfig] = {POLICY: policy}

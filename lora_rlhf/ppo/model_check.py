@@ -72,7 +72,7 @@ def check_architecture(found: Any, settings: LoraSettings, mixed: bool = True, o
     try:
         for apart in architecture_differences(found, settings, mixed, own_reward):
             if not apart.largest <= LIMIT:
-                raise UserError(_words(found, apart, LIMIT))
+                raise UserError(words(found, apart, LIMIT))
     except NoTwin:
         return False
     return True
@@ -295,7 +295,7 @@ def check_base(base: SharedBase, own: OwnReading, mixed: bool) -> None:
         differences += shared_differences(base, own.rows, read, mixed)
     for apart in differences:
         if not apart.typical <= own.limit:
-            raise UserError(_words(found, apart, own.limit))
+            raise UserError(words(found, apart, own.limit))
 
 
 def _random_state_kept(device: torch.device) -> Any:
@@ -323,7 +323,8 @@ def _name(found: Any) -> str:
     return f"{own} ({found.model_type})" if own else f"a model of the architecture {found.model_type}"
 
 
-def _words(found: Any, apart: Difference, limit: float) -> str:
+def words(found: Any, apart: Difference, limit: float) -> str:
+    """Return what is said of a model whose reading `apart` is further off than `limit`."""
     unit = "of the largest" if apart.reading == GRADIENTS else "nats" if apart.reading != SCORES else "points"
     advice = "choose another model"
     if apart.reading in (MIXED, MIXED_DECODED):
