@@ -34,6 +34,8 @@ NOT_DEFAULT: dict[str, dict[str, Any]] = {
     "starcoder2": {"residual_dropout": 0.1, "embedding_dropout": 0.1},
 }
 """Fields that published models of an architecture have otherwise than transformers' defaults, and that matter here."""
+TARGETS = {"mamba2": ["in_proj"]}
+"""lora.target_modules of architectures for which those that a refusal advises are refused by PEFT."""
 ARCHITECTURES = (
     "apertus", "arcee", "bloom", "codegen", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "exaone4", "falcon",
     "falcon_h1", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo",
@@ -76,8 +78,8 @@ def checked(name: str) -> Row:
         names = linear_names(small_twin(found, AutoModelForCausalLM))
     except UserError as error:
         return Row(name, _refused(error))
-    standard = LoraSettings(r=4)
-    default = f"{len(set(names) & set(standard.target_modules))} of {len(names)}"
+    default = f"{len(set(names) & set(LoraSettings().target_modules))} of {len(names)}"
+    standard = LoraSettings(r=4, **({"target_modules": TARGETS[name]} if name in TARGETS else {}))
     advice: list[str] = []
     own_reward, lora = True, standard
     while True:

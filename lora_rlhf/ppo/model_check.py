@@ -330,7 +330,7 @@ def words(found: Any, apart: Difference, limit: float) -> str:
     if apart.reading in (MIXED, MIXED_DECODED):
         advice = "set ppo.mixed_adapter_scoring: false, or choose another model"
     return (
-        f"model_name_or_path: {_name(found)} does not give on the shared base what transformers gives: its "
-        f"{apart.reading} are {apart.largest:.2g} {unit} off, and rounding explains {limit:.1g}. PPO would learn from "
-        f"wrong numbers: {advice}"
+        f"model_name_or_path: {_name(found)} does not give on the shared base what transformers gives: {apart.reading} "
+        f"off by {apart.largest:.2g} {unit}, where rounding explains {limit:.1g}. PPO would learn from wrong numbers: "
+        f"{advice}"
     )
