@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.base.adapted_layers import linear_names
+from lora_rlhf.base.layer_names import linear_names
 from lora_rlhf.base.small_twin import small_twin
 from lora_rlhf.base.text_part import text_config
 from lora_rlhf.config import LoraSettings

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.adapted_layers import base_description
+from lora_rlhf.base.layer_names import base_description
 from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer, model_config

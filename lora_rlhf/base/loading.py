@@ -119,6 +119,8 @@ def model_config(config: RunConfig, name: str | None = None, setting: str = BASE
             source, revision=None if name else config.model_revision, trust_remote_code=False, **fields
         )
     found = text_config(found, source, setting)
+    for field, value in fields.items():  # the text model inside has not got them
+        setattr(found, field, value)
     if (held := getattr(found, "quantization_config", None)) is not None:
         found.quantization_config = checked_quantization(source, held, config.load_in_4bit, config.dtype, setting)
     return found

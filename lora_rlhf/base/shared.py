@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from lora_rlhf.base.adapted_layers import cannot_adapt, check_no_experts
+from lora_rlhf.base.layer_names import cannot_adapt, check_no_experts
 from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
 from lora_rlhf.base.attention import PLAIN_MODELS, use_grouped_attention
 from lora_rlhf.base.packing import batches_by_length, states_without_padding

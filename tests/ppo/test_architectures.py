@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import architectures
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import architectures  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
 QUICK = ("llama", "opt", "qwen3_moe", "qwen2_5_vl", "gpt2")
 
 
