@@ -213,17 +213,17 @@ class Planner:
         rollout = self._cast_adapters(0 if self.expand else 1) | {
             "keys and values": cache,
             "activations": self._passing(decoded, c.max_prompt_length),
-            "logits": decoded * self.shape.vocabulary * (self.width + 12),
+            "logits": decoded * self.shape.vocabulary * 12.0,  # logits, probabilities, and their running sum
         }
         score = self._cast_adapters(adapters) | {
             "activations": self._passing(scored * (roles if s.mixed_adapter_scoring else 1), longest)
             + roles * scored * longest * self.shape.hidden * self.width
             + (s.batch_size * longest * self.shape.hidden * self.width if self._first_adapted() else 0),
-            "logits": self._logits(scored * s.response_length, with_copy=True),
+            "logits": self._logits(scored * s.response_length),
         }
         update = self._cast_adapters(0 if s.gradient_checkpointing else 1) | {
             "activations": self._kept(micro, longest, bool(s.gradient_checkpointing)),
-            "logits": self._logits(micro * s.response_length, with_copy=False),
+            "logits": self._logits(micro * s.response_length),
         }
         return [
             StagePlan("ppo: rollout", standing | rollout),
@@ -306,10 +306,10 @@ class Planner:
             return 0
         return self.shape.heads * length * ((4 + self.width) if kept else (4 + 2 * self.width))
 
-    def _logits(self, tokens: int, with_copy: bool) -> float:
-        """Return what one chunk of logits takes: 16 bits, float32, log-softmax, and probabilities."""
+    def _logits(self, tokens: int) -> float:
+        """Return what one chunk of logits takes, in float32: logits, log-softmax, and the slope of a cap on them."""
         rows = self.config.ppo.logits_chunk_size or rows_per_chunk(self.shape.vocabulary)
-        return min(rows, tokens) * self.shape.vocabulary * (8 + 2 * self.width + (4 if with_copy else 0))
+        return 12.0 * min(rows, tokens) * self.shape.vocabulary
 
 
 def expands(config: RunConfig, shape: ModelShape, on_cuda: bool, free: float) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.base.loading import quiet_transformers
 from lora_rlhf.base.original_weights import OriginalWeights
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
@@ -200,7 +201,7 @@ def model_logprobs(
     model: Any, rollout: Rollout, temperature: float, chunk: int | None, batch: int = 16
 ) -> torch.Tensor:
     """Return the log-probs [answers, R] that any causal language model gives to `rollout`, `batch` rows at a time."""
-    trunk, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    trunk, head = getattr(model, model.base_model_prefix), LmHead.of(model)
     device = head.weight.device
     ids, mask, action = rollout.ids.to(device), rollout.mask.to(device), rollout.action_mask.to(device)
     width = action.shape[1]
@@ -208,7 +209,7 @@ def model_logprobs(
     for rows in batches_by_length(mask, torch.arange(len(ids), device=device), batch):
         real, answer = action[rows], ids[rows, -width:]
         before = states_without_padding(trunk, ids[rows], mask[rows])[:, -width - 1 : -1][real]
-        flat, _ = token_logprobs(before.to(head.weight.dtype), head.weight, answer[real], temperature, chunk)
+        flat, _ = token_logprobs(before, head, answer[real], temperature, chunk)
         logprobs[rows] = torch.zeros(real.shape, device=device).masked_scatter(real, flat)
     return logprobs
 

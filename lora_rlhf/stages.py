@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.layer_names import base_description
+from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
+from lora_rlhf.base.layer_names import base_description
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer, model_config
 from lora_rlhf.base.original_weights import NoOriginalWeights, check_merge_target
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
@@ -45,8 +46,7 @@ from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, pr
 from lora_rlhf.tracking import check_tracker
 
 INSTRUCT_SETTING = "instruct_model_name_or_path"
-PAIRS = "pairs.json"
-"""Digests of the preference pairs with which a run began."""
+PAIRS = "pairs.json"  # digests of the preference pairs with which a run began
 
 
 @dataclass
@@ -79,6 +79,7 @@ class Session:
         check_device(config)
         tokenizer = load_tokenizer(config)
         check_vocabulary(tokenizer, model_config(config).vocab_size, config.model_name_or_path)
+        check_target_modules(config)
         check_merge_target(config)
         if instruct := config.instruct_model_name_or_path:
             model_config(config, instruct, INSTRUCT_SETTING)

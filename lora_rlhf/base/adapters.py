@@ -24,6 +24,10 @@ MORE_THAN_LORA = (
     "monteclora_config", "velora_config",
 )  # fmt: skip
 """Fields of PEFT's config under which a model computes more than x Wᵀ + s · (x Aᵀ) Bᵀ in its own layers."""
+CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Ways to start an adapter (`init_lora_weights`) that take it out of the base, on which it is wrong then."""
+HEAD_MODULES = {"classifier", "score"}
+"""Names in `modules_to_save` under which PEFT saves the head of a reward model."""
 _QUANTIFIED_GROUP, _MOST_QUANTIFIERS = re.compile(r"\)[*+{]"), 4
 HEAD_KEY = "base_model.model.score.weight"
 
@@ -74,15 +78,7 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[LoraConfig, dict[s
     Raises:
         UserError: not an adapter folder, not LoRA, torn, or trained on another base than `base`.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is no adapter: it has no {name}")
-    raw = _mapping(folder / CONFIG)
-    if raw.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: only LoRA adapters can share the base, not {str(raw.get('peft_type'))[:40]!r}")
-    other = [name for name in MORE_THAN_LORA if raw.get(name)] + ["bias"] * (raw.get("bias", "none") != "none")
-    if other:
-        raise UserError(f"{folder}: only plain LoRA can share the base; this adapter has {', '.join(other)}")
+    raw = read_plain_config(folder)
     check_base(folder, raw, base)
     if missing := [name for name in ("r", "lora_alpha", "target_modules") if name not in raw]:
         raise UserError(
@@ -106,6 +102,37 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[LoraConfig, dict[s
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
     config.init_lora_weights = True  # others compute start values, from the base or from files; ours are in `tensors`
     return config, tensors, head
+
+
+def read_plain_config(folder: Path) -> dict[str, Any]:
+    """Return what the config of an adapter folder holds; it needs no base, so that a run can look before it begins.
+
+    Raises:
+        UserError: not an adapter folder, or one whose adapter is more than LoRA on a base that stays as it is.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no adapter: it has no {name}")
+    raw = _mapping(folder / CONFIG)
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: only LoRA adapters can share the base, not {str(raw.get('peft_type'))[:40]!r}")
+    other = [name for name in MORE_THAN_LORA if raw.get(name)] + ["bias"] * (raw.get("bias", "none") != "none")
+    if other:
+        raise UserError(f"{folder}: only plain LoRA can share the base; this adapter has {', '.join(other)}")
+    saved = raw.get("modules_to_save") or []
+    whole = [str(name)[:40] for name in (saved if isinstance(saved, list) else [saved]) if name not in HEAD_MODULES]
+    if whole:
+        raise UserError(
+            f"{folder}: modules_to_save: the adapter brings {', '.join(whole)} whole, which all roles share in the "
+            "base. Merge the adapter into its base and name the merged model, or train one without modules_to_save"
+        )
+    start = str(raw.get("init_lora_weights", True)).lower()
+    if start.startswith(CHANGES_THE_BASE):
+        raise UserError(
+            f"{folder}: init_lora_weights: {start[:40]} changed the base that the adapter was trained on. Convert the "
+            "adapter with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+        )
+    return raw
 
 
 def check_base(folder: Path, raw_config: dict[str, Any], base: dict[str, Any]) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 RATES = re.compile(r"drop|^(input_)?jitter")
-"""In the names of attributes and config fields that hold the rate of something random (`router_jitter_noise` of PhiMoE
-decides in eval mode too, and stays)."""
+"""In the names of attributes and config fields that hold the rate of something random."""
+SAMPLING_ROUTER = "router_jitter_noise"
+"""Attribute of PhiMoE's router, which in train mode samples among experts that are this near; in eval mode it uses the
+number otherwise, so that it has to stay."""
 
 
 def turn_off_randomness(model: Any) -> None:
@@ -25,11 +27,18 @@ def turn_off_randomness(model: Any) -> None:
             module.p = 0.0
         for name in _rates(vars(module)):
             setattr(module, name, 0.0)
+        if SAMPLING_ROUTER in vars(module):
+            _keep_in_eval_mode(module)
         config = vars(module).get("config")
         if module is not model and config is not None and _has_rates(config):
             if id(config) not in quiet:
                 quiet[id(config)] = _without_rates(config)
             module.config = quiet[id(config)]
+
+
+def _keep_in_eval_mode(module: nn.Module) -> None:
+    module.eval()
+    module.train = lambda mode=True: module  # type: ignore[method-assign]
 
 
 def _rates(values: dict[str, Any]) -> list[str]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from lora_rlhf.base.layer_names import cannot_adapt, check_no_experts
+from lora_rlhf.base.adapted_layers import SETTING, check_adapted_layers, with_adapter
 from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
 from lora_rlhf.base.attention import PLAIN_MODELS, use_grouped_attention
+from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
 from lora_rlhf.base.randomness import turn_off_randomness
 from lora_rlhf.base.role_layers import MixedRoles, RoleLayers
@@ -23,8 +24,6 @@ from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.errors import UserError, first_line
 
 REFERENCE, POLICY, REWARD, VALUE, INSTRUCT = "reference", "policy", "reward", "value", "instruct"
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of models whose logits are not just LM head times state."""
 
 
 class SharedBase:
@@ -36,19 +35,16 @@ class SharedBase:
     Attributes:
         model: the PEFT model; its adapters are named after the roles.
         trunk: the transformer without LM head.
+        lm_head: what makes logits of states.
         layers: its linear layers, which know the role that is played.
         heads: role -> linear head, where the role has one.
     """
 
     def __init__(self, causal_lm: Any, policy: LoraConfig, compute_dtype: torch.dtype) -> None:
-        scaled = [name for name in SCALED_LOGITS if getattr(causal_lm.config, name, None) not in (None, 1, 1.0)]
-        if scaled or getattr(causal_lm.get_output_embeddings(), "bias", None) is not None:
-            what = f"scales its logits ({', '.join(scaled)})" if scaled else "has a bias in its LM head"
-            raise UserError(f"model_name_or_path: this model {what}, which lora_rlhf's log-probs do not know")
         self.identity = base_identity(causal_lm)
         self.causal_lm = causal_lm
         self.trunk = getattr(causal_lm, causal_lm.base_model_prefix)
-        self.lm_head = causal_lm.get_output_embeddings()
+        self.lm_head = LmHead.of(causal_lm)
         self.hidden_size: int = causal_lm.config.hidden_size
         self.compute_dtype = compute_dtype
         self.device: torch.device = self.lm_head.weight.device
@@ -57,12 +53,8 @@ class SharedBase:
         causal_lm.config.use_cache = True
         use_grouped_attention(causal_lm)
         turn_off_randomness(causal_lm)  # in every role, in train mode too
-        wanted = sorted(policy.target_modules or ())
-        try:
-            self.model: PeftModel = get_peft_model(causal_lm, policy, adapter_name=POLICY)
-        except ValueError as error:
-            raise cannot_adapt(causal_lm, wanted, error) from None
-        check_no_experts(causal_lm, policy, wanted)
+        self.model: PeftModel = with_adapter(causal_lm, policy, POLICY)
+        check_adapted_layers(self.model, causal_lm, SETTING)
         self.heads = nn.ModuleDict()
         self.configs: dict[str, LoraConfig] = {POLICY: policy}
         self._active = POLICY
@@ -83,6 +75,7 @@ class SharedBase:
         config, weights, head = read_adapter(folder, self.identity)
         try:
             self._add(role, config)
+            check_adapted_layers(self.model, self.causal_lm, str(folder))
             self._fill(role, folder, weights)
         except (ValueError, TypeError, KeyError, AttributeError, re.error) as error:
             raise UserError(f"{folder} does not fit this base: {first_line(error)}") from None
@@ -327,12 +320,7 @@ class SharedBase:
         width = response_mask.shape[1]
         before, tokens = states[:, -width - 1 : -1], ids[:, -width:]
         flat, entropy = token_logprobs(
-            before[response_mask].to(self.lm_head.weight.dtype),
-            self.lm_head.weight,
-            tokens[response_mask],
-            temperature,
-            chunk,
-            with_entropy,
+            before[response_mask], self.lm_head, tokens[response_mask], temperature, chunk, with_entropy
         )
         empty = torch.zeros(response_mask.shape, dtype=torch.float32, device=states.device)
         return empty.masked_scatter(response_mask, flat), empty.masked_scatter(response_mask, entropy)

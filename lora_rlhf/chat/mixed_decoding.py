@@ -100,8 +100,7 @@ class MixedDecoding:
                 past_key_values=self._cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
-        logits = states.to(base.lm_head.weight.dtype) @ base.lm_head.weight.T
-        chosen = self._chosen(logits.float())
+        chosen = self._chosen(base.lm_head(states))
         for row, token in zip(self.live, chosen.tolist(), strict=True):
             self.tokens[row].append(token)
             self.ended[row] = token in self._ends

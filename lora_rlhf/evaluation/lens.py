@@ -17,6 +17,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lora_rlhf.base.attention import GROUPED, PLAIN_MODELS
+from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.base.packing import right_padded, states_without_padding
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.base.token_logprobs import rows_per_chunk
@@ -126,10 +127,8 @@ def bad_word_probabilities(
     )
 
     def probabilities(states: torch.Tensor) -> torch.Tensor:
-        head = base.lm_head.weight
-        ids = torch.tensor(wanted, device=head.device)
-        flat = states.flatten(0, -2).to(head.dtype)
-        return token_probabilities(flat, head, ids, temperature).view(*states.shape[:-1], -1)
+        ids = torch.tensor(wanted, device=base.device)
+        return token_probabilities(states.flatten(0, -2), base.lm_head, ids, temperature).view(*states.shape[:-1], -1)
 
     with base.role(role):
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -155,21 +154,19 @@ def bad_word_probabilities(
     return found
 
 
-def token_probabilities(
-    states: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Return softmax(h Wᵀ / T) at `tokens`, float32 [n, tokens]; the logits of one chunk exist at one time.
+def token_probabilities(states: torch.Tensor, head: LmHead, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return softmax(logits / T) at `tokens`, float32 [n, tokens]; the logits of one chunk exist at one time.
 
     Args:
         states: [n, d] after the final norm.
-        weight: [vocabulary, d] of the LM head.
+        head: the LM head.
         tokens: [tokens] ids, int64.
         temperature: T.
     """
     found = torch.empty(len(states), len(tokens), device=states.device)
-    chunk = rows_per_chunk(len(weight))
+    chunk = rows_per_chunk(len(head.weight))
     for start in range(0, len(states), chunk):
-        logits = (states[start : start + chunk] @ weight.T).float()
+        logits = head(states[start : start + chunk])
         if temperature != 1:
             logits /= temperature
         found[start : start + chunk] = (logits[:, tokens] - logits.logsumexp(1, keepdim=True)).exp_()

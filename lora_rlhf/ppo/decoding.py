@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.ppo.rollout_cache import rollout_cache
 
@@ -60,7 +61,7 @@ def decoder_of(causal_lm: Any) -> Decoder:
     """Return the decoder of a model: unsloth's, if unsloth has loaded it, else our own."""
     if hasattr(causal_lm, "for_inference"):  # unsloth's mark
         return GenerateDecoder(causal_lm)
-    return TrunkDecoder(getattr(causal_lm, causal_lm.base_model_prefix), causal_lm.get_output_embeddings())
+    return TrunkDecoder(getattr(causal_lm, causal_lm.base_model_prefix), LmHead.of(causal_lm))
 
 
 class TrunkDecoder:
@@ -68,7 +69,7 @@ class TrunkDecoder:
 
     reads_working_copy = True
 
-    def __init__(self, trunk: Any, lm_head: Any) -> None:
+    def __init__(self, trunk: Any, lm_head: LmHead) -> None:
         self.trunk, self.lm_head, self.device = trunk, lm_head, lm_head.weight.device
 
     def __call__(
@@ -87,8 +88,7 @@ class TrunkDecoder:
             states = self.trunk(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
-            logits = states.to(self.lm_head.weight.dtype) @ self.lm_head.weight.T
-            token, logprobs[live, step] = chosen_tokens(logits, uniform[step, live], sampling.temperature)
+            token, logprobs[live, step] = chosen_tokens(self.lm_head(states), uniform[step, live], sampling.temperature)
             response[live, step] = token
             unfinished = endings.unfinished(live_rows, token.tolist())  # the one wait for the device per token
             if not unfinished:

@@ -104,6 +104,7 @@ def architecture_differences(
     )
 
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         try:
             plain, shared = (small_twin(found, AutoModelForCausalLM) for _ in range(2))
             rows = sample_rows(plain.get_input_embeddings().weight.shape[0])

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lora_rlhf.base.adapters import read_plain_config
 from lora_rlhf.base.devices import device
 from lora_rlhf.base.loading import check_float16_range, explained, quiet_transformers, resolved_model
 from lora_rlhf.base.shared import REWARD, SharedBase
@@ -200,6 +201,11 @@ def source_entries(config: RunConfig) -> list[SourceEntry]:
             raise UserError(f"{where}: a source named {name} is there already; give it another name")
         if kind == "adapter" and str(path or "").startswith(("/", ".", "~")) and not Path(str(path)).is_dir():
             raise UserError(f"{where}: path: no folder {path}")
+        if kind == "adapter" and path and Path(str(path)).is_dir():
+            try:
+                read_plain_config(Path(str(path)))
+            except UserError as error:
+                raise UserError(f"{where}: path: {error}") from None
         if kind == "function":
             _function(str(path), where)
         entries.append(SourceEntry(kind, None if path is None else str(path), name, weight, where))

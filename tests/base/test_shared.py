@@ -110,17 +110,6 @@ def test_padding_changes_no_state(make_base):
                 torch.testing.assert_close(states[i][mask[i]], alone[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("final_logit_softcapping", 30.0), ("logit_scale", 0.06), ("logits_scaling", 8.0)]
-)
-def test_a_model_that_scales_its_logits_is_refused(make_config, field, value):
-    config = make_config()
-    model = load_causal_lm(config)
-    setattr(model.config, field, value)
-    with pytest.raises(UserError, match=field):
-        SharedBase(model, lora_config(config.lora), torch.float32)
-
-
 def test_columns_of_padding_are_left_out_and_put_back(make_base):
     base = make_base()
     ids, mask = batch(padded=False)
@@ -251,7 +240,6 @@ def test_a_reward_adapter_without_its_head_is_refused(make_base, tmp_path):
 
 
 def test_unknown_target_modules_are_named(make_config):
-    from lora_rlhf.base.adapters import lora_config
     from lora_rlhf.config import LoraSettings
 
     config = make_config(lora=LoraSettings(target_modules=["nothing_proj"]))

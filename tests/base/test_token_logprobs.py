@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
+from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.base.token_logprobs import token_logprobs
 
 
@@ -41,7 +42,7 @@ def test_values_entropies_and_gradients_are_those_of_autograd_at_any_chunk_size(
     expected, expected_entropy = plain(hidden, weight, tokens, temperature)
     (expected_slope,) = torch.autograd.grad(expected, hidden, upstream.to(dtype))
 
-    found, entropy = token_logprobs(hidden, weight, tokens, temperature, chunk)
+    found, entropy = token_logprobs(hidden, LmHead(weight), tokens, temperature, chunk)
     (slope,) = torch.autograd.grad(found, hidden, upstream)
 
     assert found.dtype == entropy.dtype == torch.float32
@@ -57,7 +58,7 @@ def test_entropies_that_nobody_wants_are_zeros_and_change_nothing_else() -> None
     hidden, weight, tokens = example(5, 4, 6, torch.float32)
     results = []
     for wanted in (True, False):
-        logprobs, entropy = token_logprobs(hidden, weight, tokens, 0.7, 2, with_entropy=wanted)
+        logprobs, entropy = token_logprobs(hidden, LmHead(weight), tokens, 0.7, 2, with_entropy=wanted)
         assert (entropy != 0).all() == wanted
         results.append((logprobs, *torch.autograd.grad(logprobs.sum(), hidden)))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -65,9 +66,9 @@ def test_entropies_that_nobody_wants_are_zeros_and_change_nothing_else() -> None
 
 def test_chunks_do_not_change_a_value() -> None:
     hidden, weight, tokens = example(7, 5, 11, torch.float64)
-    whole = token_logprobs(hidden, weight, tokens, 0.7, chunk=100)
+    whole = token_logprobs(hidden, LmHead(weight), tokens, 0.7, chunk=100)
     for chunk in (1, 3, 7):
-        for one, other in zip(whole, token_logprobs(hidden, weight, tokens, 0.7, chunk), strict=True):
+        for one, other in zip(whole, token_logprobs(hidden, LmHead(weight), tokens, 0.7, chunk), strict=True):
             torch.testing.assert_close(other, one, atol=1e-6, rtol=0)
 
 
@@ -88,13 +89,13 @@ class LogitRows(TorchFunctionMode):
 def test_no_more_than_one_chunk_of_logits_exists_at_a_time() -> None:
     hidden, weight, tokens = example(10, 4, 6, torch.float32)
     with LogitRows(vocabulary=6) as seen:
-        token_logprobs(hidden, weight, tokens, 1.0, chunk=4)
+        token_logprobs(hidden, LmHead(weight), tokens, 1.0, chunk=4)
     assert max(seen.rows) == 4 and 2 in seen.rows
 
 
 def test_gradients_flow_from_the_log_probs_only_and_not_to_the_head() -> None:
     hidden, weight, tokens = example(3, 4, 5, torch.float32)
-    logprobs, entropy = token_logprobs(hidden, weight.requires_grad_(), tokens, 1.0, 2)
+    logprobs, entropy = token_logprobs(hidden, LmHead(weight.requires_grad_()), tokens, 1.0, 2)
     assert logprobs.requires_grad and not entropy.requires_grad
     logprobs.sum().backward()
     assert weight.grad is None
@@ -104,21 +105,21 @@ def test_gradients_flow_from_the_log_probs_only_and_not_to_the_head() -> None:
 def test_the_temperature_divides_the_logits(temperature: float) -> None:
     # Logits (2, 0): log p₀ = −ln(1 + e^{−2/T})
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[2.0], [0.0]])
-    logprobs, _ = token_logprobs(hidden, weight, torch.tensor([0]), temperature, 1)
+    logprobs, _ = token_logprobs(hidden, LmHead(weight), torch.tensor([0]), temperature, 1)
     expected = -torch.log1p(torch.exp(torch.tensor(-2.0 / temperature)))
     assert logprobs.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_extreme_logits_and_no_tokens_at_all_are_fine() -> None:
     hidden, weight = torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]])
-    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([1]), 1.0, 1)
+    logprobs, entropy = token_logprobs(hidden, LmHead(weight), torch.tensor([1]), 1.0, 1)
     assert logprobs.item() == -2000.0 and entropy.item() == 0.0
-    logprobs, entropy = token_logprobs(hidden[:0], weight, torch.tensor([], dtype=torch.long), 1.0, 1)
+    logprobs, entropy = token_logprobs(hidden[:0], LmHead(weight), torch.tensor([], dtype=torch.long), 1.0, 1)
     assert logprobs.shape == entropy.shape == (0,)
 
 
 def test_without_gradient_no_slope_is_kept() -> None:
     hidden, weight, tokens = example(3, 4, 5, torch.float32)
     with torch.no_grad():
-        logprobs, _ = token_logprobs(hidden, weight, tokens, 1.0, 2)
+        logprobs, _ = token_logprobs(hidden, LmHead(weight), tokens, 1.0, 2)
     assert not logprobs.requires_grad

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.attention import GROUPED
+from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, SharedBase
 from lora_rlhf.config import LoraSettings, RunConfig
@@ -151,7 +152,7 @@ def test_temperature_divides_the_logits_of_every_layer() -> None:
 def test_token_probabilities_are_a_softmax_over_more_rows_than_a_chunk_holds() -> None:
     generator = torch.Generator().manual_seed(0)
     states, weight = torch.randn(9, 4, generator=generator), 10 * torch.randn(2**20, 4, generator=generator)
-    found = token_probabilities(states, weight, torch.tensor([5, 0, 5]), 1.5)  # 4 rows at a time
+    found = token_probabilities(states, LmHead(weight), torch.tensor([5, 0, 5]), 1.5)  # 4 rows at a time
     expected = (states @ weight.T / 1.5).softmax(1)[:, [5, 0, 5]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-12)
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import architectures  # noqa: E402
+import architectures
 
 PAGE = ROOT / "docs" / "models.md"
 QUICK = ("llama", "opt", "qwen3_moe", "qwen2_5_vl", "gpt2")

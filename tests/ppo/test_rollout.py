@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import MistralConfig
 
+from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.base.packing import left_padded, right_padded
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.ppo.decoding import Sampling, TrunkDecoder, inverse_cdf
@@ -61,7 +62,7 @@ class Scripted:
     def __init__(self, scripts: dict[tuple[int, ...], list[int]], vocabulary: int = 512) -> None:
         self.scripts, self.batches = scripts, []
         self.config = MistralConfig(num_hidden_layers=1, sliding_window=None)
-        self.lm_head = SimpleNamespace(weight=torch.eye(vocabulary))
+        self.lm_head = LmHead(torch.eye(vocabulary))
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
         self.batches.append(len(input_ids))

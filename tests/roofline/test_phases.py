@@ -86,7 +86,7 @@ def test_the_products_of_scoring_by_hand(config: RunConfig) -> None:
     flops, moved = flops + 3 * adapters(tokens)[0], moved + 3 * adapters(tokens)[1]  # the reference has no adapter
     head = SIZES.hidden * SIZES.vocabulary
     flops += 2 * 2 * answers * head  # log-probs of policy and reference
-    moved += 2 * 2 * (answers * SIZES.hidden + head + answers * SIZES.vocabulary)
+    moved += 2 * (2 * (answers * SIZES.hidden + head) + 4 * answers * SIZES.vocabulary)  # logits are float32
     heads = 2 * SIZES.hidden * (20 * 61 + 20)  # of value and reward, in float32, for states that were read
     moved_by_heads = 4 * (20 * 61 * (SIZES.hidden + 1) + 20 * (SIZES.hidden + 1) + 2 * SIZES.hidden)
     angles, moved_by_angles = 4 * 2 * 160 * 8, 4 * 4 * (160 + 8 + 160 * 8)  # positions times the 8 rotary frequencies
@@ -98,7 +98,7 @@ def test_the_products_of_a_decoded_token_by_hand(config: RunConfig) -> None:
     phase = one(ppo_phases(config, CARD), "first token")
     flops, moved = (a + b for a, b in zip(body(40), adapters(40), strict=True))
     head = SIZES.hidden * SIZES.vocabulary
-    flops, moved = flops + 2 * 40 * head, moved + 2 * (40 * SIZES.hidden + head + 40 * SIZES.vocabulary)
+    flops, moved = flops + 2 * 40 * head, moved + 2 * (40 * SIZES.hidden + head) + 4 * 40 * SIZES.vocabulary
     counted = products(phase)
     attention = sum(op.flops for op in phase.operations if op.name == "bmm")
     assert counted[0] - attention == flops
