@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from lora_rlhf.errors import UserError
@@ -12,6 +13,11 @@ TEXT_WEIGHTS = {
     r"^language_model\.lm_head\.": "lm_head.",
 }
 """Names of tensors, as models with images are published, → names in the text model."""
+
+
+def published_names(name: str) -> tuple[str, ...]:
+    """Return how files call a tensor of the text model that a model with images holds: `TEXT_WEIGHTS` backwards."""
+    return f"language_model.{name}", re.sub(r"^model\.", "model.language_model.", name)
 
 
 def text_config(found: Any, source: str, setting: str) -> Any:
@@ -29,7 +35,7 @@ def text_config(found: Any, source: str, setting: str) -> Any:
 
     if getattr(found, "is_encoder_decoder", False):
         raise UserError(
-            f"{setting}: {source} ({found.model_type}) has an encoder; only causal language models are known"
+            f"{setting}: {source} ({found.model_type}) has an encoder: choose a causal language model"
         )
     text = getattr(found, "text_config", None)
     if text is None:
