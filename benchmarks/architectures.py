@@ -79,7 +79,7 @@ def checked(name: str) -> Row:
     except UserError as error:
         return Row(name, _refused(error))
     default = f"{len(set(names) & set(LoraSettings().target_modules))} of {len(names)}"
-    standard = LoraSettings(r=4, **({"target_modules": TARGETS[name]} if name in TARGETS else {}))
+    standard = LoraSettings(r=4, target_modules=TARGETS.get(name, LoraSettings().target_modules))
     advice: list[str] = []
     own_reward, lora = True, standard
     while True:

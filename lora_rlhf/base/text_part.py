@@ -34,9 +34,7 @@ def text_config(found: Any, source: str, setting: str) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if getattr(found, "is_encoder_decoder", False):
-        raise UserError(
-            f"{setting}: {source} ({found.model_type}) has an encoder: choose a causal language model"
-        )
+        raise UserError(f"{setting}: {source} ({found.model_type}) has an encoder: choose a causal language model")
     text = getattr(found, "text_config", None)
     if text is None:
         return found
