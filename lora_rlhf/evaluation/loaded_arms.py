@@ -79,7 +79,7 @@ def named_arms(config: RunConfig, names: Mapping[str, str]) -> dict[str, LoadedA
         settings["instruct"] = "instruct_model_name_or_path"
     config = replace(config, model_name_or_path=names["base"])
     tokenizer = load_tokenizer(config, setting=settings["base"])
-    shared = loaded_base(config, None, settings["base"])
+    shared = loaded_base(config, None, settings["base"], mixed=True)
     content = model_fingerprint(names["base"], config)
     arms = {"base": LoadedArm("base", shared, REFERENCE, tokenizer, content)}
     for name in [arm for arm in ARMS if arm in names and arm != "base"]:
@@ -87,7 +87,7 @@ def named_arms(config: RunConfig, names: Mapping[str, str]) -> dict[str, LoadedA
         if folder is None:
             own = load_tokenizer(config, names[name], settings[name])
             own_content = model_fingerprint(names[name], config)
-            other = loaded_base(config, names[name], settings[name])
+            other = loaded_base(config, names[name], settings[name], mixed=True)
             arms[name] = LoadedArm(name, other, REFERENCE, own, own_content)
             continue
         shared.load_adapter(name, folder)

@@ -196,13 +196,16 @@ def _scores_apart(base: SharedBase, classifier: Any, lora: Any, rows: Rows) -> D
     return difference(SCORES, [base.scores(REWARD, ids, mask, len(rows))], theirs)
 
 
-def loaded_base(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING) -> SharedBase:
+def loaded_base(
+    config: RunConfig, name: str | None = None, setting: str = BASE_SETTING, mixed: bool | None = None
+) -> SharedBase:
     """Return a model as a shared base with a fresh policy adapter, checked against its own logits.
 
     Args:
         config: the run's; its seed is that of the adapter.
         name: another model than the run's base.
         setting: that names the model, for errors.
+        mixed: whether several roles are played in one pass; None means as `ppo.mixed_adapter_scoring` says.
 
     Raises:
         UserError: it cannot be loaded or shared, or computes otherwise when it is shared.
@@ -215,7 +218,7 @@ def loaded_base(config: RunConfig, name: str | None = None, setting: str = BASE_
     with _random_state_kept(causal_lm.device):
         own = OwnReading.of(causal_lm, dtype)
     base = SharedBase(causal_lm, lora_config(config.lora), dtype)
-    check_base(base, own, config.ppo.mixed_adapter_scoring)
+    check_base(base, own, config.ppo.mixed_adapter_scoring if mixed is None else mixed)
     return base
 
 
