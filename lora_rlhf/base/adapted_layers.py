@@ -68,24 +68,24 @@ def check_adapted_layers(model: nn.Module, causal_lm: Any, where: str) -> None:
         if isinstance(layer, BaseTunerLayer):
             base = layer.get_base_layer()
             if base is head or not isinstance(base, nn.Linear):
-                wrong[name.rpartition(".")[2]] = "the LM head" if base is head else type(base).__name__
+                last = name.removesuffix(".base_layer").rpartition(".")[2]
+                wrong[last] = "the LM head" if base is head else type(base).__name__
     if wrong:
         which = ", ".join(f"{name} ({kind})" for name, kind in wrong.items())
         raise UserError(
-            f"{where}: adapters can stand on the linear layers (nn.Linear) of the transformer alone, not on {which}. "
+            f"{where}: only linear layers (nn.Linear) of the transformer can be adapted here, not {which}. "
             f"{_advice(model, head)}"
         )
 
 
 def _advice(model: nn.Module, head: nn.Module) -> str:
     """Return which names of layers would do."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for name, layer in model.named_modules():
-        inner = name.endswith(".base_layer") or ".lora_" in name
-        if isinstance(layer, nn.Linear) and not isinstance(layer, BaseTunerLayer) and layer is not head and not inner:
-            found[name.rpartition(".")[2]] = None
-        elif isinstance(layer, BaseTunerLayer):
-            base = layer.get_base_layer()
-            if isinstance(base, nn.Linear) and base is not head:
-                found[name.rpartition(".")[2]] = None
-    return f"Those of this model are {', '.join(found)}" if found else "This model has none: choose another base"
+        if isinstance(layer, nn.Linear) and layer is not head and ".lora_" not in name:
+            names[name.removesuffix(".base_layer").rpartition(".")[2]] = None
+    return (
+        f"The linear layers of this model are {', '.join(names)}"
+        if names
+        else "This model has no linear layers: choose another base"
+    )

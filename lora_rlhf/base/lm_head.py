@@ -58,16 +58,15 @@ class LmHead:
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Return the logits, float32 [..., vocabulary], of states [..., d]; no gradient flows through them."""
-        flat = states.flatten(0, -2)
         with torch.no_grad():
-            logits = self._product(flat.to(self.weight.dtype))
+            logits = self._product(states.reshape(-1, states.shape[-1]).to(self.weight.dtype))
             if self.bias is not None:
                 logits += self.bias
             if self.scale != 1:
                 logits *= self.scale
             if self.cap is not None:
                 logits.div_(self.cap).tanh_().mul_(self.cap)
-        return logits.view(*states.shape[:-1], -1)
+        return logits.view(*states.shape[:-1], len(self.weight))
 
     def bend(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Return how much less a capped logit changes than an uncapped one, 1 − (l / c)²; None without a cap."""
@@ -75,7 +74,8 @@ class LmHead:
 
     def back(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the states [n, d], at least float32, given that of s · (h Wᵀ + b) [n, vocabulary]."""
-        weight, size = self.weight, torch.tensor(self.scale, device=gradient.device)
+        weight = self.weight
+        size: float | torch.Tensor = self.scale
         if weight.dtype == torch.float16:  # knows nothing below 6e-8, which is much where a token is all but certain
             largest = torch.linalg.vector_norm(gradient, torch.inf, 1, keepdim=True).clamp_(min=1e-30)
             gradient, size = gradient / largest, size * largest

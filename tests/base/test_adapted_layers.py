@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3MoeConfig
 
 from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.adapters import CONFIG, HEAD_MODULES, MORE_THAN_LORA, WEIGHTS, read_plain_config
@@ -130,9 +130,12 @@ def test_the_head_of_a_reward_adapter_is_not_refused(make_base: MakeBase, tmp_pa
 @pytest.mark.parametrize(
     ("modules", "words"),
     [
-        (["q_proj", "lm_head"], r"not on lm_head \(the LM head\)\. Those of this model are q_proj, k_proj, v_proj"),
-        (["embed_tokens"], r"not on embed_tokens \(Embedding\)"),
-        (["c_attn"], "lora.target_modules: .*c_attn"),
+        (
+            ["q_proj", "lm_head"],
+            r"not lm_head \(the LM head\)\. The linear layers of this model are q_proj, k_proj, v_proj",
+        ),
+        (["embed_tokens"], r"not embed_tokens \(Embedding\)"),
+        (["c_attn"], r"lora.target_modules: .*c_attn.* set lora.target_modules: \[q_proj, k_proj"),
     ],
 )
 def test_modules_that_cannot_be_adapted_are_refused_before_the_reward_stage(
@@ -145,11 +148,22 @@ def test_modules_that_cannot_be_adapted_are_refused_before_the_reward_stage(
         SharedBase(load_causal_lm(config), LoraConfig(target_modules=modules), torch.float32)
 
 
+def test_the_experts_of_a_mixture_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Transformers holds them in parameters of one module, and PEFT would adapt those."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    config = Qwen3MoeConfig(**sizes, num_hidden_layers=1, moe_intermediate_size=8, num_experts=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    with pytest.raises(UserError, match=r"experts, stacked in one tensor.* Set lora.target_modules: \[q_proj, k_proj"):
+        check_target_modules(make_config(model_name_or_path=str(tmp_path / "moe"), lora=LoraSettings(r=4)))
+
+
 def test_the_conv1d_of_gpt_2_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     sizes = {"vocab_size": 64, "n_embd": 8, "n_layer": 1, "n_head": 2}
     AutoModelForCausalLM.from_config(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
     config = make_config(model_name_or_path=str(tmp_path / "gpt2"), lora=LoraSettings(r=4, target_modules=["c_attn"]))
-    with pytest.raises(UserError, match=r"not on c_attn \(Conv1D\)\. This model has none: choose another base"):
+    with pytest.raises(
+        UserError, match=r"not c_attn \(Conv1D\)\. This model has no linear layers: choose another base"
+    ):
         check_target_modules(config)
 
 
@@ -159,7 +173,7 @@ def test_an_adapter_folder_with_a_layer_that_is_not_computed_is_refused(
     written: Callable[..., tuple[Path, torch.Tensor]], whole: SharedBase, name: str
 ) -> None:
     folder, _ = written(target_modules=["q_proj", name])
-    with pytest.raises(UserError, match=f"{folder}: adapters can stand on .* not on {name}"):
+    with pytest.raises(UserError, match=f"{folder}: only linear layers .* not {name}"):
         whole.load_adapter("other", folder)
 
 
