@@ -29,7 +29,7 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.free_memory import free_bytes
 from lora_rlhf.memory_advice import fitting_changes
 from lora_rlhf.memory_plan import CONTEXT_BYTES, Planner, StagePlan, expands, peaks
-from lora_rlhf.model_shape import model_shape
+from lora_rlhf.model_shape import ModelShape, model_shape
 from lora_rlhf.roofline.cards import CARDS, Card, card_named, check_dtype
 from lora_rlhf.terminal import console, note, run_recipe
 
@@ -78,6 +78,17 @@ def advice(config: RunConfig, plans: list[StagePlan], usable: float, on_cuda: bo
     if changes is None:
         return f"{said}. No change of settings makes this model fit; a smaller one, or more memory, is needed"
     return f"{said}. This fits: " + " ".join(f"--{name} {str(value).lower()}" for name, value in changes)
+
+
+def weights_left_whole(config: RunConfig, shape: ModelShape) -> str | None:
+    """Return what is said where most weights of a 4-bit base are not in 4 bits; None where they are."""
+    if not config.load_in_4bit or shape.other <= shape.body:
+        return None
+    size = shape.other * getattr(torch, config.dtype).itemsize
+    return (
+        f"only {shape.body / (shape.body + shape.other):.0%} of the weights are in 4 bits: what is no linear layer "
+        f"(stacked experts, embeddings) stays whole and takes {size / GIB:.2f} GiB"
+    )
 
 
 def check_memory(config: RunConfig) -> None:
@@ -142,6 +153,8 @@ def main() -> None:
     spare = usable - max(plan.total for plan in plans)
     checkpointing = ", PPO with gradient checkpointing" if config.ppo.gradient_checkpointing else ""
     note(wrong or f"fits, with {spare / GIB:.1f} GiB to spare{checkpointing}")
+    if left := weights_left_whole(config, model_shape(config)):
+        note(left)
     merging = merge_bytes(config, on_cuda)
     if on_cuda:
         note(f"the merge also takes {merging / GIB:.1f} GiB of main memory")

@@ -59,7 +59,7 @@ class ModelShape:
     @property
     def inner(self) -> int:
         """Width of the MLP."""
-        return max(max(one.inputs, one.outputs) for one in self.linears)
+        return max((max(one.inputs, one.outputs) for one in self.linears), default=4 * self.hidden)
 
 
 def model_shape(config: RunConfig) -> ModelShape:

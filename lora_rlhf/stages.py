@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.adapted_layers import check_target_modules
-from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
+from lora_rlhf.base.layer_names import base_description
 from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer, model_config
 from lora_rlhf.base.original_weights import NoOriginalWeights, check_merge_target
-from lora_rlhf.base.prequantized import stored_precision
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
+from lora_rlhf.base.vocabulary import check_vocabulary
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, digest_of_pairs, preference_pairs
@@ -32,6 +32,7 @@ from lora_rlhf.memory_peak import ran_out, reset_peak_memory, return_freed_memor
 from lora_rlhf.merge import MergedWeights, check_room, merge_drift, original_weights, policy_logprobs, write_merged
 from lora_rlhf.ppo.checkpoint import scales_of
 from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.model_check import check_architecture_of, loaded_base
 from lora_rlhf.ppo.optimization import check_optim
 from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
@@ -58,7 +59,7 @@ class Session:
     processes: Processes
     base: SharedBase | None = None
     _pairs: dict[Split, list[PreferencePair]] = field(default_factory=dict)
-    _memory_checked: bool = False
+    _checked: bool = False
 
     @classmethod
     def open(cls, config: RunConfig) -> Session:
@@ -77,7 +78,7 @@ class Session:
         console.quiet = not processes.is_main
         check_device(config)
         tokenizer = load_tokenizer(config)
-        model_config(config)
+        check_vocabulary(tokenizer, model_config(config).vocab_size, config.model_name_or_path)
         check_target_modules(config)
         check_merge_target(config)
         if instruct := config.instruct_model_name_or_path:
@@ -111,16 +112,17 @@ class Session:
     def shared_base(self) -> SharedBase:
         """Return the shared base, loading it if it is not in memory."""
         if self.base is None:
-            c = self.config
-            torch.manual_seed(c.seed)
-            self.base = SharedBase(load_causal_lm(c), lora_config(c.lora), getattr(torch, c.dtype))
+            self.base = loaded_base(self.config)
         return self.base
 
-    def check_memory(self) -> None:
-        """Refuse, once, a run that this machine has no memory for; before an hour is spent on it."""
-        if not self._memory_checked:
+    def check_run(self) -> None:
+        """Refuse, once, a model that cannot be shared, and a run that this machine has no memory for."""
+        if not self._checked:
+            known = check_architecture_of(self.config)
             check_memory(self.config)
-            self._memory_checked = True
+            if not known:
+                self.shared_base()  # which checks itself
+            self._checked = True
 
     def begins(self, stage: str, needed: Mapping[str, str] | None = None) -> bool:
         """Return whether a stage that all processes share has work left, as the first one finds and tells the others.
@@ -174,18 +176,14 @@ def base_stage(session: Session) -> None:
         note("  done before")
         return
     with session.stage("base"):
-        session.check_memory()
+        session.check_run()
         splits: tuple[Split, ...] = ("train", "test")
         digests = {split: digest_of_pairs(session.pairs(split)) for split in splits}
         write_text(session.run / PAIRS, json.dumps(digests) + "\n")
         if session.config.merge.target == "original":
             _mergeable(session, session.shared_base())
-        model = session.shared_base().causal_lm
-        size = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" not in n)
-        stored = stored_precision(model)
-        note(
-            f"  {type(model).__name__}, {stored}: {size / 2**20:,.1f} MiB of weights on {session.shared_base().device}"
-        )
+        for line in base_description(session.shared_base().causal_lm, session.shared_base().device):
+            note(f"  {line}")
 
 
 def reward_stage(session: Session) -> None:
@@ -200,7 +198,7 @@ def reward_stage(session: Session) -> None:
             note(f"  done before: accuracy {_reported(run, 'reward_model', 'accuracy'):.3f}")
         return
     with session.processes.connected(), session.stage("reward") as results:
-        session.check_memory()
+        session.check_run()
         train, test = session.pairs("train"), session.pairs("test")
         session.free_base()
         with session.processes.alone():
@@ -233,7 +231,7 @@ def instruct_stage(session: Session) -> None:
         note("  done before")
         return
     with session.processes.connected(), session.stage("instruct"):
-        session.check_memory()
+        session.check_run()
         train = session.pairs("train")
         session.free_base()
         with session.processes.alone():
@@ -251,7 +249,7 @@ def ppo_stage(session: Session) -> None:
             note(f"  done before: {_reported(run, 'ppo', 'steps')} steps")
         return
     with session.processes.connected(), session.stage("ppo") as results:
-        session.check_memory()
+        session.check_run()
         train = session.pairs("train")
         session.free_base()
         base = session.shared_base()

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, MixtralConfig
 
 from lora_rlhf import memory
 from lora_rlhf.config import PpoSettings, RunConfig
@@ -275,3 +275,21 @@ def test_layers_that_a_checkpoint_leaves_whole_take_16_bits() -> None:
     weights = Planner(given, found, on_cuda=True, expand=False).stages()[0].parts["weights"]
     mlp, attention = 3 * 64 * 128, 4 * 64 * 64
     assert weights == 2 * mlp + (0.5 + 1 / 16) * (mlp + 2 * attention) + 2 * found.other
+
+
+def test_a_mixture_of_experts_is_told_how_little_of_it_is_in_4_bits() -> None:
+    """Mixtral 8×7B: 46.7 billion weights, of which attention is 32 · 42 million; the rest takes 2 bytes each."""
+    config = RunConfig(model_name_or_path="mixtral", dtype="bfloat16")
+    shape = shape_of(MixtralConfig(num_key_value_heads=8), AutoModelForCausalLM)
+    assert shape.body == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+    assert memory.weights_left_whole(config, shape) == (
+        f"only 3% of the weights are in 4 bits: what is no linear layer (stacked experts, embeddings) stays whole and "
+        f"takes {2 * shape.other / 2**30:.2f} GiB"
+    )
+    assert 2 * shape.other / 2**30 > 80
+    assert memory.weights_left_whole(replace(config, load_in_4bit=False), shape) is None
+
+
+def test_a_model_without_linear_layers_has_a_plan() -> None:
+    shape = shape_of(GPT2Config(), AutoModelForCausalLM)
+    assert shape.linears == () and shape.inner == 4 * 768

@@ -12,8 +12,9 @@ from torch import nn
 
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.known_shapes import shape_config
+from lora_rlhf.base.layer_names import cannot_adapt, check_no_experts
 from lora_rlhf.config import RunConfig
-from lora_rlhf.errors import UserError, first_line
+from lora_rlhf.errors import UserError
 
 SETTING = "lora.target_modules"
 
@@ -35,12 +36,18 @@ def check_target_modules(config: RunConfig) -> None:
 
 
 def with_adapter(causal_lm: Any, config: LoraConfig, name: str) -> Any:
-    """Return the PEFT model with a first adapter. Raises `UserError` where PEFT finds no layer to adapt."""
+    """Return the PEFT model with a first adapter.
+
+    Raises:
+        UserError: PEFT finds no layer to adapt, or would adapt stacked experts.
+    """
+    wanted = sorted(config.target_modules or ())
     try:
-        return get_peft_model(causal_lm, config, adapter_name=name)
+        model = get_peft_model(causal_lm, config, adapter_name=name)
     except (ValueError, TypeError) as error:
-        head = causal_lm.get_output_embeddings()
-        raise UserError(f"{SETTING}: {first_line(error)[:500]} {_advice(causal_lm, head)}") from None
+        raise cannot_adapt(causal_lm, wanted, error) from None
+    check_no_experts(causal_lm, config, wanted)
+    return model
 
 
 def check_adapted_layers(model: nn.Module, causal_lm: Any, where: str) -> None:

@@ -22,7 +22,7 @@ GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x Wᵀ + b + s · (x Aᵀ) Bᵀ, W frozen and made anew in backward; x is kept for the adapter alone."""
+    """x Wᵀ + b + s · (x Aᵀ) Bᵀ [tokens, out], W frozen and made anew in backward; x is kept for the adapter alone."""
 
     @staticmethod
     def forward(
@@ -71,7 +71,7 @@ def _product(
     flat = x.reshape(-1, x.shape[-1])
     y = nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
     low = None if a is None or b is None else add_low_rank(y, flat, (a, b, scaling))
-    return y.view(*x.shape[:-1], y.shape[-1]), low
+    return y, low
 
 
 def add_low_rank(y: torch.Tensor, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float]) -> torch.Tensor:
@@ -104,8 +104,10 @@ def lora_linear(
     """
     a, b, scaling = adapter or (None, None, 0.0)
     if torch.is_grad_enabled() and (x.requires_grad or (a is not None and a.requires_grad)):
-        return _LoraLinear.apply(x, weight, bias, a, b, scaling)
-    return _product(x, weight(), bias, a, b, scaling)[0]
+        y = _LoraLinear.apply(x, weight, bias, a, b, scaling)
+    else:
+        y = _product(x, weight(), bias, a, b, scaling)[0]
+    return y.view(*x.shape[:-1], y.shape[-1])  # out here: no model may add in place to a view that a Function returns
 
 
 class _RmsNorm(torch.autograd.Function):

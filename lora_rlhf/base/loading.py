@@ -26,6 +26,7 @@ from lora_rlhf.base.prequantized import (
     compute_in,
     is_quantized,
 )
+from lora_rlhf.base.text_part import TEXT_WEIGHTS, text_config
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
 from lora_rlhf.data.chat import set_chat_template
 from lora_rlhf.errors import UserError
@@ -95,6 +96,8 @@ def load_tokenizer(config: RunConfig, name: str | None = None, setting: str = BA
 def model_config(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING, **fields: Any) -> Any:
     """Return the transformers config of a model, fitted to the run where the weights are quantised already.
 
+    Of a model that takes images too it is the config of the text model inside.
+
     Args:
         config: the run's config.
         name: another model than the run's base.
@@ -102,7 +105,8 @@ def model_config(config: RunConfig, name: str | None = None, setting: str = BASE
         fields: of the transformers config, that are set.
 
     Raises:
-        UserError: it cannot be had, or its weights are quantised in a way that cannot be a base.
+        UserError: it cannot be had, is no causal language model, or its weights are quantised in a way that cannot be
+            a base.
     """
     from transformers import AutoConfig
 
@@ -114,6 +118,9 @@ def model_config(config: RunConfig, name: str | None = None, setting: str = BASE
         found = AutoConfig.from_pretrained(
             source, revision=None if name else config.model_revision, trust_remote_code=False, **fields
         )
+    found = text_config(found, source, setting)
+    for field, value in fields.items():  # the text model inside has not got them
+        setattr(found, field, value)
     if (held := getattr(found, "quantization_config", None)) is not None:
         found.quantization_config = checked_quantization(source, held, config.load_in_4bit, config.dtype, setting)
     return found
@@ -140,8 +147,21 @@ def load_causal_lm(config: RunConfig, name: str | None = None, setting: str = BA
     if chosen_backend(config) == "unsloth":
         return _load_with_unsloth(source, revision, config)
     with explained(source, config, setting), quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **loading_arguments(config, found))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, output_loading_info=True, **loading_arguments(config, found)
+        )
+    _check_complete(report, source)
     return _without_mapped_file(_checked(model, config, source)).eval()
+
+
+def _check_complete(report: dict[str, Any], source: str) -> None:
+    """Raise `UserError` where transformers had to invent weights, which it does without an error."""
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"{source} lacks {len(missing)} tensors of the model that its config.json describes, or has them in "
+            f"another shape (the first is {missing[0]}): the files are not of this model, or not all of it"
+        )
 
 
 def load_reward_model(config: RunConfig, pad_token_id: int) -> Any:
@@ -175,7 +195,7 @@ def loading_arguments(config: RunConfig, found: Any) -> dict[str, Any]:
     dtype = getattr(torch, config.dtype)
     arguments: dict[str, Any] = {
         "config": found, "dtype": dtype, "device_map": {"": device()}, "trust_remote_code": False,
-        "use_safetensors": True,
+        "use_safetensors": True, "key_mapping": TEXT_WEIGHTS,
     }  # fmt: skip
     if config.load_in_4bit:
         check_4bit()

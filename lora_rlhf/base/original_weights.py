@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from lora_rlhf.base.loading import explained, model_config, resolved_model
+from lora_rlhf.base.text_part import published_names
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 
@@ -47,7 +48,7 @@ class OriginalWeights:
                         part = opened.get_slice(key)
                         found[key] = file, part.get_dtype(), torch.Size(part.get_shape())
         for name, shape in shapes.items():
-            keys = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+            keys = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", *published_names(name))
             key = next((key for key in keys if key in found), None)
             if key is None:
                 raise NoOriginalWeights(f"the safetensors files of {self._source} hold no {name}")

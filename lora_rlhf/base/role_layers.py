@@ -118,7 +118,11 @@ class MixedRoles:
         self._scales: dict[tuple[tuple[str, int, float], ...], torch.Tensor] = {}
 
     def add_adapters(self, layer: RoleLinear, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add to `y` [rows, length, out] what each row's adapter makes of `x` [rows, length, in], without gradient."""
+        """Add to `y` [rows, length, out] what each row's adapter makes of `x` [rows, length, in], without gradient.
+
+        Mixtures of experts hand their shared experts all tokens in one dimension [rows · length, in], row after row.
+        """
+        x, y = x.reshape(len(self.roles), -1, x.shape[-1]), y.view(len(self.roles), -1, y.shape[-1])
         if self.factors is None:
             for role, rows in self.spans:
                 if (adapter := layer.adapter(role)) is not None:

@@ -18,6 +18,7 @@ from lora_rlhf.base.adapters import base_identity, read_adapter, write_adapter
 from lora_rlhf.base.attention import PLAIN_MODELS, use_grouped_attention
 from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.base.packing import batches_by_length, states_without_padding
+from lora_rlhf.base.randomness import turn_off_randomness
 from lora_rlhf.base.role_layers import MixedRoles, RoleLayers
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.errors import UserError, first_line
@@ -49,13 +50,9 @@ class SharedBase:
         self.device: torch.device = self.lm_head.weight.device
         for parameter in causal_lm.parameters():
             parameter.requires_grad_(False)
-        for module in causal_lm.modules():  # no dropout in any role, in train mode either
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
         causal_lm.config.use_cache = True
         use_grouped_attention(causal_lm)
+        turn_off_randomness(causal_lm)  # in every role, in train mode too
         self.model: PeftModel = with_adapter(causal_lm, policy, POLICY)
         check_adapted_layers(self.model, causal_lm, SETTING)
         self.heads = nn.ModuleDict()

@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.loading import explained, load_causal_lm, load_tokenizer, resolved_model
+from lora_rlhf.base.loading import explained, load_tokenizer, resolved_model
 from lora_rlhf.base.prequantized import BASE_SETTING
 from lora_rlhf.base.shared import REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
+from lora_rlhf.ppo.model_check import loaded_base
 
 ARMS = ("base", "instruct", "plus")
 """In the order of every table and figure."""
@@ -81,7 +79,7 @@ def named_arms(config: RunConfig, names: Mapping[str, str]) -> dict[str, LoadedA
         settings["instruct"] = "instruct_model_name_or_path"
     config = replace(config, model_name_or_path=names["base"])
     tokenizer = load_tokenizer(config, setting=settings["base"])
-    shared = _shared(config, None, settings["base"])
+    shared = loaded_base(config, None, settings["base"], mixed=True)
     content = model_fingerprint(names["base"], config)
     arms = {"base": LoadedArm("base", shared, REFERENCE, tokenizer, content)}
     for name in [arm for arm in ARMS if arm in names and arm != "base"]:
@@ -89,7 +87,7 @@ def named_arms(config: RunConfig, names: Mapping[str, str]) -> dict[str, LoadedA
         if folder is None:
             own = load_tokenizer(config, names[name], settings[name])
             own_content = model_fingerprint(names[name], config)
-            other = _shared(config, names[name], settings[name])
+            other = loaded_base(config, names[name], settings[name], mixed=True)
             arms[name] = LoadedArm(name, other, REFERENCE, own, own_content)
             continue
         shared.load_adapter(name, folder)
@@ -138,11 +136,6 @@ def folder_fingerprint(folder: Path) -> str:
             with file.open("rb") as content:
                 parts.append(f"{file.name}:{hashlib.file_digest(content, 'sha256').hexdigest()}")
     return digest(*parts)
-
-
-def _shared(config: RunConfig, name: str | None, setting: str) -> SharedBase:
-    torch.manual_seed(config.seed)
-    return SharedBase(load_causal_lm(config, name, setting), lora_config(config.lora), getattr(torch, config.dtype))
 
 
 def digest(*parts: str) -> str:

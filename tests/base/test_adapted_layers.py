@@ -135,7 +135,7 @@ def test_the_head_of_a_reward_adapter_is_not_refused(make_base: MakeBase, tmp_pa
             r"not lm_head \(the LM head\)\. The linear layers of this model are q_proj, k_proj, v_proj",
         ),
         (["embed_tokens"], r"not embed_tokens \(Embedding\)"),
-        (["c_attn"], "lora.target_modules: .*c_attn.* The linear layers of this model are q_proj, k_proj"),
+        (["c_attn"], r"lora.target_modules: .*c_attn.* set lora.target_modules: \[q_proj, k_proj"),
     ],
 )
 def test_modules_that_cannot_be_adapted_are_refused_before_the_reward_stage(
@@ -153,9 +153,7 @@ def test_the_experts_of_a_mixture_are_refused(make_config: MakeConfig, tmp_path:
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
     config = Qwen3MoeConfig(**sizes, num_hidden_layers=1, moe_intermediate_size=8, num_experts=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
-    with pytest.raises(
-        UserError, match=r"not experts \(Qwen3MoeExperts\)\. The linear layers of this model are q_proj, k_proj"
-    ):
+    with pytest.raises(UserError, match=r"experts, stacked in one tensor.* Set lora.target_modules: \[q_proj, k_proj"):
         check_target_modules(make_config(model_name_or_path=str(tmp_path / "moe"), lora=LoraSettings(r=4)))
 
 

@@ -54,7 +54,8 @@ def test_the_weight_is_asked_for_twice_and_not_kept() -> None:
         return asked[-1]
 
     y = lora_linear(randn(3, 5).requires_grad_(), weight, None, None)
-    assert len(asked) == 1 and not y.grad_fn.saved_tensors  # type: ignore[union-attr]
+    below_the_view = y.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    assert len(asked) == 1 and not below_the_view.saved_tensors  # type: ignore[union-attr]
     y.sum().backward()
     assert len(asked) == 2
 
@@ -114,3 +115,12 @@ def test_other_activations_and_other_modules_stay_as_they_are() -> None:
     model = nn.ModuleDict({"mlp": mlp, "norm": nn.LayerNorm(16)})
     make_norms_and_mlps_lean(model)
     assert "forward" not in mlp.__dict__ and "forward" not in model["norm"].__dict__
+
+
+def test_a_model_may_add_to_the_output_in_place() -> None:
+    """Falcon does, where attention and MLP stand side by side."""
+    x = randn(2, 3, 5).requires_grad_()
+    y = lora_linear(x, lambda: torch.ones(4, 5, dtype=torch.float64), None, None)
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 4.0))

@@ -336,8 +336,8 @@ def test_four_bits_without_the_native_library_say_what_to_do(
 def test_a_model_that_did_not_come_in_four_bits_is_refused(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = load_causal_lm(make_config(load_in_4bit=False))
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: whole)
+    whole, complete = load_causal_lm(make_config(load_in_4bit=False)), {"missing_keys": [], "mismatched_keys": []}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (whole, complete))
     with pytest.raises(UserError, match=r"was not loaded in 4 bits \(0 of 14 layers\)"):
         load_causal_lm(make_config())
 

@@ -1,0 +1,174 @@
+"""What a model says of a few tokens, read in every way in which PPO reads it, and how far two readings are apart."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from lora_rlhf.base.packing import left_padded, right_padded
+from lora_rlhf.base.role_layers import MixedRoles
+from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
+from lora_rlhf.ppo.decoding import Sampling, decoder_of
+
+ROWS, LENGTH, PADDING, NEW = 3, 14, 3, 3
+"""Rows, tokens in the longest, how many fewer each next row has, and tokens that are sampled after them."""
+NO_END = SimpleNamespace(pad_token_id=0, eos_token_id=-1)
+"""In place of a tokenizer, where answers are sampled that must not end."""
+
+Rows = list[list[int]]
+Reader = Callable[[str, Rows], list[torch.Tensor]]
+"""Returns, for a role and rows of token ids, the log-prob of each token but the first."""
+
+
+def sample_rows(vocabulary: int) -> Rows:
+    """Return rows of token ids from all over the vocabulary, of different lengths; always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocabulary, (LENGTH - PADDING * i,), generator=generator).tolist() for i in range(ROWS)]
+
+
+@torch.no_grad()
+def own_logprobs(causal_lm: Any, rows: Rows) -> list[torch.Tensor]:
+    """Return what a model's own logits say of rows of token ids, each on its own: with no padding and no mask."""
+    device = causal_lm.get_input_embeddings().weight.device
+    return [row_logprobs(causal_lm, torch.tensor([row], device=device))[0] for row in rows]
+
+
+@torch.no_grad()
+def own_logprobs_at_once(causal_lm: Any, rows: Rows) -> list[torch.Tensor]:
+    """Return what `own_logprobs` does, from one pass: a causal model does not see what is behind a token."""
+    ids, mask = right_padded(rows, NO_END.pad_token_id, causal_lm.get_input_embeddings().weight.device)
+    return [row[real] for row, real in zip(row_logprobs(causal_lm, ids), mask[:, 1:], strict=True)]
+
+
+def row_logprobs(causal_lm: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the log-probs [rows, length - 1], float32, of token ids [rows, length], but the first."""
+    logits = causal_lm(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None])[..., 0]
+
+
+def shared_logprobs(base: SharedBase, role: str, rows: Rows) -> list[torch.Tensor]:
+    """Return what a role says of rows of token ids, as PPO's update computes it; with gradient where that is on."""
+    ids, mask = left_padded(rows, NO_END.pad_token_id, base.device)
+    return _of_states(base, base.hidden(role, ids, mask), ids, mask)
+
+
+def _of_states(base: SharedBase, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    told = mask[:, 1:] & mask[:, :-1]
+    logprobs, _ = base.response_logprobs(states, ids, told, 1.0, None, with_entropy=False)
+    return [row[real] for row, real in zip(logprobs, told, strict=True)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the shared base is from what is expected, in one way of reading it.
+
+    Attributes:
+        reading: which way, in words.
+        largest: of all tokens, in nats.
+        typical: root mean square over the tokens, in nats.
+    """
+
+    reading: str
+    largest: float
+    typical: float
+
+
+def difference(reading: str, found: list[torch.Tensor], expected: list[torch.Tensor]) -> Difference:
+    """Return how far log-probs (lists of rows) are from what is expected; infinitely, where one is not finite."""
+    apart = (torch.cat(found) - torch.cat(expected)).detach().float()
+    apart = torch.where(apart.isfinite(), apart, torch.inf)
+    return Difference(reading, apart.abs().max().item(), apart.square().mean().sqrt().item())
+
+
+EVAL, TRAIN, MIXED = "log-probs in eval mode", "log-probs in train mode", "log-probs of several roles in one pass"
+DECODED, MIXED_DECODED = "left-padded decoding with a cache", "left-padded decoding of several roles in one pass"
+
+
+def shared_differences(base: SharedBase, rows: Rows, expected: Reader, mixed: bool) -> Iterator[Difference]:
+    """Yield how far a shared base is from `expected` where it is not just read in eval mode, role by role.
+
+    Args:
+        base: whose policy differs from its reference.
+        rows: of token ids.
+        expected: what is right.
+        mixed: whether several roles are played in one pass too.
+    """
+    right = {role: expected(role, rows) for role in (REFERENCE, POLICY)}
+    with base.training(), torch.enable_grad():
+        yield difference(TRAIN, shared_logprobs(base, POLICY, rows), right[POLICY])
+    with base.role(POLICY):
+        decoded = _sampled(base, rows)
+    yield _compared(DECODED, decoded, [POLICY] * len(rows), rows, expected)
+    if not mixed:
+        return
+    twice, both = [row for row in rows for _ in range(2)], [REFERENCE, POLICY] * len(rows)
+    ids, mask = left_padded(twice, NO_END.pad_token_id, base.device)
+    with torch.no_grad():
+        found = _of_states(base, base.hidden_mixed(both, ids, mask), ids, mask)
+    yield difference(MIXED, found, [right[role][i] for i in range(len(rows)) for role in (REFERENCE, POLICY)])
+    with base.mixed(MixedRoles(both, base.layers.side_by_side(both))):
+        decoded = _sampled(base, twice)
+    yield _compared(MIXED_DECODED, decoded, both, twice, expected)
+
+
+@torch.no_grad()
+def _sampled(base: SharedBase, rows: Rows) -> tuple[Rows, list[torch.Tensor]]:
+    """Return tokens that whoever is played says after each row, and their log-probs, by the rollout's own decoder."""
+    ids, mask = left_padded(rows, NO_END.pad_token_id, base.device)
+    uniform = torch.rand((NEW, len(rows)), generator=torch.Generator().manual_seed(1)).to(base.device)
+    with base.autocast():
+        tokens, logprobs = decoder_of(base.causal_lm)(ids, mask, uniform, Sampling(NEW, 1.0), NO_END)
+    return tokens.tolist(), list(logprobs)
+
+
+def _compared(
+    reading: str, decoded: tuple[Rows, list[torch.Tensor]], roles: list[str], rows: Rows, expected: Reader
+) -> Difference:
+    tokens, found = decoded
+    right: dict[int, torch.Tensor] = {}
+    for role in dict.fromkeys(roles):
+        places = [place for place, own in enumerate(roles) if own == role]
+        told = expected(role, [rows[place] + tokens[place] for place in places])
+        right |= {place: row[-NEW:] for place, row in zip(places, told, strict=True)}
+    return difference(reading, found, [right[place] for place in range(len(rows))])
+
+
+@contextlib.contextmanager
+def random_policy(base: SharedBase) -> Iterator[None]:
+    """Let the policy differ from the base inside the block, and have gradients; all is as before afterwards.
+
+    The update of a layer is then about as large as its input.
+    """
+    parameters = base.parameters(POLICY)
+    kept = [(p, p.detach().clone(), p.requires_grad) for p in parameters]
+    fill_adapter(base.model, POLICY, base.configs[POLICY].lora_alpha / base.configs[POLICY].r)
+    base.set_trainable(POLICY, True)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value, trainable in kept:
+                parameter.copy_(value)
+                parameter.requires_grad_(trainable)
+                parameter.grad = None
+
+
+@torch.no_grad()
+def fill_adapter(model: torch.nn.Module, name: str, scaling: float) -> None:
+    """Give an adapter's matrices, A [rank, in] and B [out, rank], numbers that make their product matter.
+
+    Args:
+        model: of PEFT.
+        name: of the adapter.
+        scaling: of its product.
+    """
+    generator = torch.Generator().manual_seed(2)
+    for path, parameter in model.named_parameters():
+        if f".{name}." in path and "lora_" in path:
+            width = parameter.shape[1] if "lora_A" in path else parameter.shape[1] * scaling**2
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / width**0.5)

@@ -1,0 +1,163 @@
+"""A model whose numbers would be wrong on the shared base is refused before any work; a right one passes, untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_rlhf.base import role_layers, shared
+from lora_rlhf.base.adapters import lora_config
+from lora_rlhf.base.loading import load_causal_lm
+from lora_rlhf.base.shared import POLICY, SharedBase
+from lora_rlhf.base.small_twin import small_twin
+from lora_rlhf.config import LoraSettings, RunConfig
+from lora_rlhf.errors import UserError
+from lora_rlhf.ppo import model_check
+from lora_rlhf.ppo.model_check import OwnReading, check_architecture, check_base, loaded_base
+from lora_rlhf.ppo.readings import difference
+
+SMALL = LoraSettings(r=4)
+
+
+def only_nn_dropout(model: Any) -> None:
+    """What a base did that knows no other dropout."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def rows_in_the_first_dimension(self: Any, layer: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+    """What a base did that takes every first dimension for its rows."""
+    for role, rows in self.spans:
+        if (adapter := layer.adapter(role)) is not None:
+            role_layers.add_low_rank(y[rows], x[rows], adapter)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "opt", "starcoder2", "gpt_neo"])
+def test_a_right_architecture_passes(name: str) -> None:
+    assert check_architecture(AutoConfig.for_model(name), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("opt", {"dropout": 0.1}), ("starcoder2", {"residual_dropout": 0.1}), ("mixtral", {"router_jitter_noise": 0.1})],
+)
+def test_randomness_in_train_mode_is_found(monkeypatch: pytest.MonkeyPatch, name: str, fields: dict[str, Any]) -> None:
+    found = AutoConfig.for_model(name, **fields)
+    assert check_architecture(found, SMALL)
+    monkeypatch.setattr(shared, "turn_off_randomness", only_nn_dropout)
+    with pytest.raises(UserError, match=r"log-probs in train mode off by [\d.]+ nats, where rounding explains 0.0001"):
+        check_architecture(found, SMALL)
+
+
+def test_tokens_in_one_dimension_that_are_taken_for_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shared expert of Qwen2-MoE is given all tokens of all rows in one dimension."""
+    monkeypatch.setattr(role_layers.MixedRoles, "add_adapters", rows_in_the_first_dimension)
+    found = AutoConfig.for_model("qwen2_moe")
+    with pytest.raises(UserError, match=r"several roles in one pass off by .* ppo.mixed_adapter_scoring: false"):
+        check_architecture(found, SMALL)
+    assert check_architecture(found, SMALL, mixed=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("qwen3_moe", r"experts, stacked in one tensor.* Set lora.target_modules: \[q_proj, k_proj, v_proj, o_proj\]"),
+        ("deepseek_v3", r"experts, stacked in one tensor.* Set lora.target_modules: \[q_a_proj, q_b_proj"),
+        ("bloom", r"none of down_proj.* set lora.target_modules: \[query_key_value, dense, dense_h_to_4h, dense_4h_to"),
+        ("gpt2", "its layers hold their weights as Conv1D.*choose another model"),
+        ("ernie4_5", "ppo.reward_sources: transformers has no classifier of the architecture ernie4_5"),
+        ("llama4_text", "llama4_text cannot be shared by several roles .*choose another model"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_in_words(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_architecture(AutoConfig.for_model(name), SMALL)
+
+
+def test_a_state_space_model_that_ignores_the_cache_is_refused() -> None:
+    with pytest.raises(UserError, match=r"left-padded decoding with a cache off by"):
+        check_architecture(AutoConfig.for_model("mamba2"), LoraSettings(r=4, target_modules=["in_proj"]))
+
+
+def test_a_model_needs_no_classifier_where_the_reward_is_another_one() -> None:
+    assert check_architecture(AutoConfig.for_model("ernie4_5"), SMALL, own_reward=False)
+
+
+def test_nothing_is_known_of_an_architecture_whose_sizes_are_unknown() -> None:
+    assert not check_architecture(AutoConfig.for_model("blt"), SMALL)
+
+
+def test_a_twin_has_the_kinds_of_layers_of_its_model_and_leaves_the_random_state() -> None:
+    found = AutoConfig.for_model("gemma3_text")
+    before = torch.random.get_rng_state()
+    twins = [small_twin(found, AutoModelForCausalLM) for _ in range(2)]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert set(twins[0].config.layer_types) == set(found.layer_types) and twins[0].num_parameters() < 10**6
+    states = [twin.state_dict() for twin in twins]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "in_4_bits"), [("float32", False), ("bfloat16", True), ("float16", True), ("bfloat16", False)]
+)
+def test_a_loaded_base_passes_and_is_what_it_is_without_the_check(
+    make_config: Callable[..., RunConfig], dtype: str, in_4_bits: bool
+) -> None:
+    config = make_config(dtype=dtype, load_in_4bit=in_4_bits)
+    torch.manual_seed(config.seed)
+    plain = SharedBase(load_causal_lm(config), lora_config(config.lora), getattr(torch, dtype))
+    drawn = torch.rand(1)
+    base = loaded_base(config)
+    assert torch.equal(torch.rand(1), drawn)
+    expected = dict(plain.model.named_parameters())
+    for name, parameter in base.model.named_parameters():
+        other = expected.pop(name)
+        assert torch.equal(parameter, other) and parameter.requires_grad == other.requires_grad, name
+        assert parameter.grad is None and parameter.dtype == other.dtype
+    assert not expected
+    assert not any(module.training or module._forward_hooks for module in base.model.modules())
+    assert base._active == POLICY and base.configs.keys() == {POLICY}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_right_base_has_room_and_a_wrong_one_none(make_config: Callable[..., RunConfig], dtype: str) -> None:
+    """Right: three times below the limit. Wrong, by dropout of 0.1 in the states alone or a scale of 0.9: above it."""
+    config = make_config(dtype=dtype)
+
+    def shared_and_own() -> tuple[SharedBase, OwnReading]:
+        causal_lm = load_causal_lm(config)
+        own = OwnReading.of(causal_lm, getattr(torch, dtype))
+        return SharedBase(causal_lm, lora_config(config.lora), getattr(torch, dtype)), own
+
+    base, own = shared_and_own()
+    check_base(base, OwnReading(own.rows, own.logprobs, own.limit / 3), mixed=True)
+
+    def dropped(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(output, 0.1, training=base.model.training)
+
+    hooks = [layer.mlp.register_forward_hook(dropped) for layer in base.trunk.layers]
+    with pytest.raises(UserError, match="log-probs in train mode"):
+        check_base(base, own, mixed=True)
+    for hook in hooks:
+        hook.remove()
+    check_base(base, own, mixed=True)
+    base.lm_head.weight.data *= 0.8
+    with pytest.raises(UserError, match="log-probs in eval mode"):
+        check_base(base, own, mixed=True)
+
+
+def test_a_number_that_is_none_is_infinitely_far_off() -> None:
+    assert difference("it", [torch.tensor([1.0, torch.nan])], [torch.ones(2)]).typical == float("inf")
+
+
+def test_a_base_of_unsloth_is_not_read(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    causal_lm = load_causal_lm(make_config())
+    causal_lm.for_inference = lambda: None
+    monkeypatch.setattr(model_check, "load_causal_lm", lambda *_: causal_lm)
+    monkeypatch.setattr(model_check, "check_base", lambda *_: pytest.fail("read"))
+    assert loaded_base(make_config()).causal_lm is causal_lm
