@@ -162,7 +162,7 @@ def test_the_reward_model_reads_what_the_user_reads(tokenizers: dict[str, Any], 
     of_words = st.lists(WORDS, max_size=8).map(lambda parts: ids_of(tokenizer, "".join(parts)))
     of_any = st.lists(st.integers(0, len(tokenizer) - 1), max_size=8)
     tokens = data.draw(of_words | of_any)
-    assume(not set(tokens) & set(tokenizer.all_special_ids))
+    assume(not set(tokens) & {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
     text = tokenizer.decode(tokens)
     assume(text)
     start = data.draw(st.integers(0, len(text) - 1))
