@@ -125,8 +125,8 @@ class PpoSettings:
     kl_target: float = setting(6.0, "Target KL per answer (nats) of the adaptive controller.")
     kl_horizon: int = setting(
         10_000,
-        "Horizon (answers) of the adaptive controller: over a run the coefficient changes at most by the factor "
-        "exp(0.2 * total_steps * batch_size / kl_horizon), up or down. At least batch_size.",
+        "Horizon (answers) of the adaptive controller: over a run the coefficient rises at most by the factor "
+        "exp(0.2 * total_steps * batch_size / kl_horizon), and can fall a little further. At least batch_size.",
     )
     max_kl: float | None = setting(
         50.0,
@@ -163,7 +163,8 @@ class PpoSettings:
     expand_weights: bool | None = setting(
         None,
         "Dequantise the base once per step instead of in every product: rollouts sample from a 16-bit copy with the "
-        "adapter folded in, scoring and update compute from one without; none: yes where memory has room.",
+        "adapter folded in (beside it where rounding would lose its update), scoring and update compute from one "
+        "without; none: yes where memory has room.",
     )
     sampler_correction: float | None = setting(
         2.0,

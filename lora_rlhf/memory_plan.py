@@ -119,7 +119,7 @@ class Planner:
         micro = min(s.micro_batch_size, s.batch_size // s.num_mini_batches)
         roles = adapters + 1
         cache = decoded * longest * self.shape.layers * 2 * self.shape.key_width * self.width
-        rollout = self._cast_adapters(0 if self.expand else 1) | {
+        rollout = self._cast_adapters(1) | {
             "keys and values": cache,
             "activations": self._passing(decoded, c.max_prompt_length),
             "logits": decoded * self.shape.vocabulary * 12.0,  # logits, probabilities, and their running sum

@@ -112,6 +112,8 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
                 if kind not in warned:
                     warned.add(kind)
                     note(f"  warning: {text}")
+            if run.writes and "back_to_step" in metrics[-1]:
+                _drop_policies_from(run, round(metrics[-1]["back_to_step"]))
             stop = trainer.processes.any(bool(asked.asked))  # all of them at the same step
             if trainer.step_count in kept_steps and run.writes and not trainer.stopped_early:
                 trainer.base.save_adapter(POLICY, run / "policy_snapshots" / f"step_{trainer.step_count:06d}")
@@ -123,6 +125,13 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
                 trainer.processes.wait()  # for the save: a launcher ends all where one has ended
                 raise StoppedAfterSaving("PPO", trainer.step_count, written)
     return metrics
+
+
+def _drop_policies_from(run: RunDirectory, step: int) -> None:
+    """Delete the policies that were kept after `step` and later: PPO went back to what that step began with."""
+    for folder in (run / "policy_snapshots").glob("step_*"):
+        if int(folder.name.removeprefix("step_")) >= step:
+            shutil.rmtree(folder)
 
 
 def slow_controller(settings: PpoSettings) -> str | None:

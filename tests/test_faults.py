@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.checkpoint_folders import checkpoints
+from lora_rlhf.evaluation.preference import last_step
 from lora_rlhf.ppo.trainer import PpoTrainer
 
 Recipe = Callable[..., tuple[int, str]]
@@ -312,7 +313,8 @@ def test_a_run_past_max_kl_leaves_the_policy_of_the_last_step_within_and_says_so
     assert said in " ".join(printed.split())
     assert said in json.loads((trained / "summary.json").read_text())["ppo"]["stopped_early"]
     kept = sorted(folder.name for folder in (trained / "policy_snapshots").iterdir())
-    assert kept == ["step_000001", "step_000002"], "what step 3 went back to is Plus, and no policy of step 3"
+    assert kept == ["step_000001"], "what step 2 began with is Plus; what it left was past the limit"
+    assert last_step(trained) == 1
     assert_same(policy(trained), load_file(trained / "policy_snapshots" / kept[0] / "adapter_model.safetensors"))
 
 

@@ -21,10 +21,10 @@ from lora_rlhf.base.lean_layers import (
 )
 from lora_rlhf.free_memory import free_bytes
 
-FOLD_KEEPS = 0.9
-"""Share of an adapter's update that must be left after rounding, or the adapter is not folded into a 16-bit copy."""
+FOLD_ERROR = 0.3
+"""By how much of its size rounding may change an adapter's update, or it is not folded into a 16-bit copy."""
 FOLD_ROWS = 64
-"""Rows of a weight on which that share is measured."""
+"""Rows of a weight on which that is measured."""
 
 
 class FrozenLinear:
@@ -146,16 +146,16 @@ class Folding:
 
     Attributes:
         layers: share of the adapted layers that hold it; in the others it stays beside the copy.
-        update_kept: mean share of a layer's update that rounding would leave, were all of them folded.
+        error: mean of what rounding changes a layer's update by, were all of them folded, in shares of its size.
     """
 
     layers: float = 1.0
-    update_kept: float = 1.0
+    error: float = 0.0
 
     @classmethod
-    def of(cls, kept: Sequence[float]) -> Folding:
-        """Return what follows from the share that each layer keeps."""
-        return cls(fmean(share >= FOLD_KEEPS for share in kept), fmean(kept)) if kept else cls()
+    def of(cls, errors: Sequence[float]) -> Folding:
+        """Return what follows from the error of each layer."""
+        return cls(fmean(error <= FOLD_ERROR for error in errors), fmean(errors)) if errors else cls()
 
 
 class RoleLayers:
@@ -167,7 +167,7 @@ class RoleLayers:
         dtype: what products are computed in.
 
     Attributes:
-        folding: what the last working copy with a role folded in kept of its adapter.
+        folding: what the last working copy with a role folded in did to its adapter.
     """
 
     def __init__(self, model: nn.Module, playing: Callable[[], str | MixedRoles], dtype: torch.dtype) -> None:
@@ -253,7 +253,7 @@ class RoleLayers:
 
         With `folded_role` its adapter is added to the weights. The sum is rounded to the compute dtype, so that
         log-probs differ slightly from those of base and adapter; no gradients then, and no other role. Where rounding
-        would lose more of a layer's update than `FOLD_KEEPS` allows, as with the small updates of early steps, the
+        would change a layer's update by more than `FOLD_ERROR` allows, as with the small updates of early steps, the
         adapter stays beside the copy.
         """
         try:
@@ -267,7 +267,7 @@ class RoleLayers:
     def _make_copies(self, folded_role: str | None) -> None:
         """Fill the copies, views of one block of memory, which the system gets back whole; they alone hold it."""
         roles = {id(role.frozen): role for role in self.adapted.values()}
-        kept: list[float] = []
+        errors: list[float] = []
         wanted = [f for f in self.frozen.values() if f.is_quantized or (folded_role and id(f) in roles)]
         sizes = [f.layer.in_features * f.layer.out_features for f in wanted]
         pack = folded_role is not None and self._can_pack()
@@ -275,14 +275,14 @@ class RoleLayers:
         for i, frozen in enumerate(wanted):
             weight, role = frozen.weight(), roles.get(id(frozen))
             if folded_role and role and (adapter := role.master(folded_role)):
-                kept.append(update_kept(weight, adapter))
-                role.folded = kept[-1] >= FOLD_KEEPS
+                errors.append(folding_error(weight, adapter))
+                role.folded = errors[-1] <= FOLD_ERROR
                 weight = with_adapter(weight, adapter) if role.folded else weight
             if pack:
                 frozen.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype))
             else:
                 frozen.copy = rooms[i].view(weight.shape).copy_(weight)
-        self.folding = Folding.of(kept) if folded_role else self.folding
+        self.folding = Folding.of(errors) if folded_role else self.folding
 
 
 def mkldnn_has_bfloat16() -> bool:
@@ -296,11 +296,11 @@ def with_adapter(weight: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor
     return weight.detach().to(torch.float32, copy=True).addmm_(b.detach(), a.detach(), alpha=scaling)
 
 
-def update_kept(weight: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float]) -> float:
-    """Return the share of the update Δ = s · B A that is left when W + Δ is rounded to the dtype of `weight`.
+def folding_error(weight: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float]) -> float:
+    """Return how far the update Δ = s · B A is changed when W + Δ is rounded to the dtype of `weight`.
 
-    That is ⟨round(W + Δ) − W, Δ⟩ / ⟨Δ, Δ⟩, on at most `FOLD_ROWS` rows: 0 where every weight is rounded back to what
-    it was, and 1 in float32, or where there is no update.
+    That is ‖round(W + Δ) − W − Δ‖ / ‖Δ‖, on at most `FOLD_ROWS` rows: 1 where every weight is rounded back to what it
+    was, and nearly 0 in float32; 0 where there is no update.
 
     Args:
         weight: W [out, in], rounded already.
@@ -309,9 +309,9 @@ def update_kept(weight: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor,
     a, b, scaling = (adapter[0].detach().float(), adapter[1].detach().float(), adapter[2])
     rows = slice(None, None, -(-len(b) // FOLD_ROWS))
     update, before = (b[rows] @ a).mul_(scaling), weight.detach()[rows].float()
+    size = update.norm().item()
     rounded = (before + update).to(weight.dtype).float() - before
-    size = update.square().sum().item()
-    return 1.0 if size == 0 else (rounded * update).sum().item() / size
+    return 0.0 if size == 0 else (rounded - update).norm().item() / size
 
 
 def dequantized_weight(layer: Any) -> torch.Tensor:

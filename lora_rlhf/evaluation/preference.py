@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -102,9 +103,9 @@ def reward_over_kl(evaluation: Evaluation, readings: dict[str, Reading]) -> list
     points = [{"step": 0, "kl": 0.0, **{n: {"value": 0.0, "low": 0.0, "high": 0.0} for n in readings}}]
     for step, arm in snapshot_arms(evaluation):
         points.append(_point(evaluation, arm, step, evaluation.answers_of(arm), readings, of_base))
-    plus = evaluation.arms["plus"]
-    points.append(_point(evaluation, plus, evaluation.config.ppo.total_steps, answers["plus"], readings, of_base))
-    return points
+    assert evaluation.run is not None
+    plus = _point(evaluation, evaluation.arms["plus"], last_step(evaluation.run), answers["plus"], readings, of_base)
+    return [*points, plus]
 
 
 def _point(
@@ -134,6 +135,12 @@ def snapshot_arms(evaluation: Evaluation) -> Iterator[tuple[int, LoadedArm]]:
             base.base.load_adapter(SNAPSHOT, folder)
         content = digest(base.fingerprint, folder_fingerprint(folder))
         yield step, LoadedArm(f"step {step}", base.base, SNAPSHOT, base.tokenizer, content)
+
+
+def last_step(run: Path) -> int:
+    """Return the PPO step that left the run's policy: the last one, or the one before that which PPO went back to."""
+    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return int(last["back_to_step"]) - 1 if "back_to_step" in last else int(last["step"])
 
 
 def snapshot_folders(run: Path) -> list[tuple[int, Path]]:

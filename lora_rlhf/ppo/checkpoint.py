@@ -92,9 +92,9 @@ def restore_trainer(trainer: PpoTrainer, state: Mapping[str, Any], folder: Path)
         UserError: a file cannot be read, or does not fit.
     """
     found = {}
-    with readable(folder / STATE):  # a checkpoint that was written before there was such a copy has none
-        kept = bool(state.get("within_limit", {}).get("step"))
-    for name in (PARAMETERS, OPTIMIZER, RANDOM, *([WITHIN_LIMIT] if kept else [])):
+    with readable(folder / STATE):
+        kept = [WITHIN_LIMIT] if state["within_limit"]["step"] else []
+    for name in (PARAMETERS, OPTIMIZER, RANDOM, *kept):
         with readable(folder / name):
             found[name] = load_file(folder / name)
     with readable(folder / STATE):

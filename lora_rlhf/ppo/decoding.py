@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.config import PpoSettings
@@ -164,8 +170,8 @@ class GenerateDecoder:
             max_new_tokens=sampling.response_length,
             eos_token_id=ending_ids(tokenizer).tolist(),
             pad_token_id=tokenizer.pad_token_id,
-            stop_strings=list(sampling.stop_strings) or None,
         )
+        endings = AnswerEndings(tokenizer, sampling.stop_strings, len(ids))
         unsloth, own_config = hasattr(self.causal_lm, "for_inference"), self.causal_lm.generation_config
         self.causal_lm.train(unsloth)
         self.causal_lm.generation_config = plain  # what ours leaves open is filled in from the model's
@@ -175,13 +181,24 @@ class GenerateDecoder:
                 attention_mask=mask.long(),
                 generation_config=plain,
                 logits_processor=LogitsProcessorList([draws]),
-                tokenizer=tokenizer,
+                stopping_criteria=StoppingCriteriaList([_Ended(endings)]),
             )[:, ids.shape[1] :]
         finally:
             self.causal_lm.generation_config = own_config
             self.causal_lm.eval()
         missing = sampling.response_length - found.shape[1]
         return torch.nn.functional.pad(found, (0, missing), value=tokenizer.pad_token_id), draws.logprobs
+
+
+class _Ended(StoppingCriteria):
+    """Ends a row where its answer has ended; transformers' own stop strings may begin in the prompt."""
+
+    def __init__(self, endings: AnswerEndings) -> None:
+        self.endings = endings
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.endings.unfinished(list(range(len(input_ids))), input_ids[:, -1].tolist())
+        return torch.tensor(self.endings.ended, device=input_ids.device)
 
 
 class _Draws(LogitsProcessor):
@@ -246,3 +263,11 @@ def tokens_of_text(tokenizer: Any, tokens: list[int], text: str) -> list[int]:
         return pieced
     whole = answer_ids(tokenizer, text.strip())[:-1]
     return whole if tokenizer.decode(whole).strip() == text.strip() else inside
+
+
+def visible_tokens(tokenizer: Any, tokens: list[int]) -> list[int]:
+    """Return the ids that read what a user sees of `tokens`: no special tokens, and no blanks at the end."""
+    hidden = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    hidden.update(tokenizer.all_special_ids)
+    shown = [token for token in tokens if token not in hidden]
+    return tokens_of_text(tokenizer, shown, tokenizer.decode(shown))

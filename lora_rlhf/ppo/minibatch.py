@@ -68,7 +68,6 @@ def add_gradients(
     """
     s, rollout, scored = settings, batch.rollout, batch.scored
     advantages, returns = batch.advantages, batch.returns
-    # X, batch.scored, batch.advantages, batch.returns
     tokens = rollout.action_mask[rows].sum()
     states = value_mask(rollout.action_mask[rows]).sum()
     sums: Metrics = dict.fromkeys(LEARNED, 0.0)

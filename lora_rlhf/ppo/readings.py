@@ -17,7 +17,7 @@ from lora_rlhf.ppo.decoding import Sampling, decoder_of
 
 ROWS, LENGTH, PADDING, NEW = 3, 14, 3, 3
 """Rows, tokens in the longest, how many fewer each next row has, and tokens that are sampled after them."""
-NO_END = SimpleNamespace(pad_token_id=0, eos_token_id=-1)
+NO_END = SimpleNamespace(pad_token_id=0, eos_token_id=-1, chat_template=None)
 """In place of a tokenizer, where answers are sampled that must not end."""
 
 Rows = list[list[int]]

@@ -11,7 +11,15 @@ import torch
 
 from lora_rlhf.base.packing import batches_by_length, left_padded, right_padded
 from lora_rlhf.base.shared import SharedBase
-from lora_rlhf.ppo.decoding import Decoder, Sampling, decoder_of, ending_ids, stop_position, tokens_of_text
+from lora_rlhf.ppo.decoding import (
+    Decoder,
+    Sampling,
+    decoder_of,
+    ending_ids,
+    stop_position,
+    tokens_of_text,
+    visible_tokens,
+)
 
 
 @dataclass
@@ -148,6 +156,7 @@ def _cut_rollout(
             body = tokens_of_text(tokenizer, body[: stop[0]], stop[1])
         elif end is not None:
             lengths[i], ended[i], by_eos[i] = end + 1, True, True
+        body = visible_tokens(tokenizer, body)
         read.append([*body, eos])
         texts.append(tokenizer.decode(body, skip_special_tokens=True).strip())
     action_mask = (torch.arange(length) < lengths[:, None]).to(device)

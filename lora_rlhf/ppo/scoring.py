@@ -104,7 +104,8 @@ def _common_states(
     """Return `SharedBase.common_states` of the sampled tokens and, where asked for, of the text of some rows.
 
     Causal layers do not look ahead. So where the text begins with the sampled tokens, their states are those of the
-    text; only answers that ended at a stop string need a pass of their own.
+    text; answers that are read otherwise than they were sampled (after a stop string, with a turn's end that is not
+    EOS) need a pass of their own.
     """
     ids, mask = rollout.ids[rows], rollout.mask[rows]
     if not with_text:

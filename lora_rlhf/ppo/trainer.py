@@ -269,7 +269,7 @@ class PpoTrainer:
         }
         if self.sampling.expand_weights:
             folding = self.base.layers.folding
-            metrics |= {"folded_layers": folding.layers, "folded_update_kept": folding.update_kept}
+            metrics |= {"folded_layers": folding.layers, "folding_error": folding.error}
         if self.loss_scale.adapts:
             metrics["loss_scale"] = self.loss_scale.scale
         if s.score_clip is not None:

@@ -66,6 +66,21 @@ def test_generate_draws_the_tokens_that_our_own_loop_draws(
     torch.testing.assert_close(found.sampled_logprobs, own.sampled_logprobs, atol=1e-4, rtol=0)
 
 
+def test_a_stop_string_may_not_begin_in_the_prompt(make_base: Callable[..., SharedBase], tokenizer: Any) -> None:
+    base = make_base()
+    (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        base.lm_head.weight[newline] *= 7
+    sampling, prompts = Sampling(LENGTH, 1.0, ("\n\n",)), [[*prompt, newline] for prompt in PROMPTS]
+    own, found = (
+        model_answers(decoder, prompts, sampling, tokenizer, torch.Generator().manual_seed(3))
+        for decoder in (TrunkDecoder(base.trunk, base.lm_head), GenerateDecoder(base.causal_lm))
+    )
+    begun = own.response_ids[:, 0] == newline
+    assert begun.any() and (own.action_mask.sum(1)[begun] > 1).all()
+    assert torch.equal(found.response_ids, own.response_ids) and torch.equal(found.action_mask, own.action_mask)
+
+
 def test_generate_ignores_what_the_models_own_generation_config_says(
     make_base: Callable[..., SharedBase], tokenizer: Any
 ) -> None:

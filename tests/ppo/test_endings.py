@@ -162,17 +162,40 @@ def test_the_reward_model_reads_what_the_user_reads(tokenizers: dict[str, Any], 
     of_words = st.lists(WORDS, max_size=8).map(lambda parts: ids_of(tokenizer, "".join(parts)))
     of_any = st.lists(st.integers(0, len(tokenizer) - 1), max_size=8)
     tokens = data.draw(of_words | of_any)
-    assume(not set(tokens) & {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
-    text = tokenizer.decode(tokens)
-    assume(text)
-    start = data.draw(st.integers(0, len(text) - 1))
-    stop = text[start : data.draw(st.integers(start + 1, len(text)))]
-    rollout = rollout_of(tokenizer, [tokens], stop)
+    ends = set(ending_ids(tokenizer).tolist())
+    assume(tokens and not ends & set(tokens))
+    hidden = {i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
+    stop, ending = "", data.draw(st.sampled_from(["EOS", "stop string", "cut"]))
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    if ending == "stop string":
+        assume(text and not set(tokens) & tokenizer.added_tokens_decoder.keys())  # whose names a stop string could cut
+        start = data.draw(st.integers(0, len(text) - 1))
+        stop = text[start : data.draw(st.integers(start + 1, len(text)))]
+        text = text[: text.index(stop)]
+    rollout = rollout_of(
+        tokenizer, [[*tokens, tokenizer.eos_token_id] if ending == "EOS" else tokens], *([stop] if stop else [])
+    )
     (read,) = read_ids(rollout)
-    assert rollout.ended.all() and not rollout.ended_by_eos.any()
-    assert read[-1] == tokenizer.eos_token_id
-    assert rollout.texts == [text[: text.index(stop)].strip()]
+    assert (bool(rollout.ended), bool(rollout.ended_by_eos)) == (ending != "cut", ending == "EOS")
+    assert read[-1] == tokenizer.eos_token_id and not hidden & set(read[:-1])
+    assert rollout.texts == [text.strip()]
+    assert tokenizer.decode(read[:-1]) == tokenizer.decode(read[:-1]).rstrip()
     assert tokenizer.decode(read[:-1]).strip() == rollout.texts[0]
+
+
+def test_special_tokens_and_blanks_that_nobody_sees_are_not_read(tokenizer: Any) -> None:
+    said, more = ids_of(tokenizer, "Yes."), ids_of(tokenizer, " It is")
+    (hidden,) = ids_of(tokenizer, "<|im_start|>")
+    blanks, eos = ids_of(tokenizer, " \n\n \n"), tokenizer.eos_token_id
+    for answer, text, read in [
+        ([*said, *blanks, eos], "Yes.", said),
+        ([*said, hidden, *more, eos], "Yes. It is", [*said, *more]),
+        ([*said, *blanks, hidden], "Yes.", said),
+        ([*said, hidden, *ids_of(tokenizer, "#")], "Yes.", said),
+    ]:
+        rollout = rollout_of(tokenizer, [answer], "#")
+        assert rollout.texts == [text] and read_ids(rollout) == [[*read, eos]]
+        assert bool(rollout.ended) == (answer[-1] != hidden) and rollout.response_ids.tolist() == [answer]
 
 
 # -- the token that ends a turn ---------------------------------------------------------------------------------------

@@ -186,12 +186,14 @@ def test_an_answer_cut_by_its_length_has_not_ended_and_is_read_with_eos_as_in_tr
     assert rollout.score_mask.all() and rollout.action_mask.all()
 
 
-def test_a_pad_token_that_was_sampled_is_a_token_like_any_other(tokenizer: Any) -> None:
+def test_a_pad_token_that_was_sampled_is_an_action_like_any_other_which_nobody_sees(tokenizer: Any) -> None:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     rollout, _ = scripted_rollout([[70, pad, pad, 71, eos], [pad, eos]], tokenizer, length=7)
     assert rollout.response_ids[:, :5].tolist() == [[70, pad, pad, 71, eos], [pad, eos, pad, pad, pad]]
     assert rollout.action_mask.sum(1).tolist() == [5, 2]
-    assert rollout.score_mask.sum(1).tolist() == [5, 2]
+    assert [ids[mask].tolist() for ids, mask in zip(rollout.score_ids, rollout.score_mask, strict=True)] == [
+        [70, 71, eos], [eos],
+    ]  # fmt: skip
 
 
 def test_prompts_are_padded_on_the_left_and_answers_follow_at_once(tokenizer: Any) -> None:

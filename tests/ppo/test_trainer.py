@@ -326,7 +326,7 @@ def test_the_penalty_uses_the_chosen_estimator_and_the_kl_metric_is_always_k1(
     assert metrics["kl"] == pytest.approx(d.sum(1).mean().item(), abs=1e-4)
 
 
-def test_a_step_says_how_much_of_the_adapter_a_copy_would_keep(make_trainer: MakeTrainer) -> None:
+def test_a_step_says_how_much_folding_would_change_the_adapter(make_trainer: MakeTrainer) -> None:
     metrics = make_trainer(expand_weights=True).step()
-    assert metrics["folded_layers"] == 1.0 and metrics["folded_update_kept"] == pytest.approx(1.0, abs=1e-3)  # float32
-    assert not {"folded_layers", "folded_update_kept"} & make_trainer(expand_weights=False).step().keys()
+    assert metrics["folded_layers"] == 1.0 and metrics["folding_error"] == pytest.approx(0.0, abs=1e-3)  # float32
+    assert not {"folded_layers", "folding_error"} & make_trainer(expand_weights=False).step().keys()
