@@ -60,7 +60,7 @@ def test_every_id_of_the_vocabulary_decodes_and_stop_strings_are_found() -> None
     assert len(tokenizer) == 2000
     assert all(tokenizer.decode([i]) for i in range(5, 2000))
     text = [1999, *tokenizer("\n\nHuman:", add_special_tokens=False)["input_ids"], 1998]
-    assert stop_position(tokenizer, text, ("\n\nHuman:",)) == (1, len(text) - 1, tokenizer.decode([1999]))
+    assert stop_position(tokenizer, text, ("\n\nHuman:",)) == (len(text) - 1, tokenizer.decode([1999]))
     assert tokenizer("as it is")["input_ids"] == whole_vocabulary_tokenizer(600)("as it is")["input_ids"]
 
 

@@ -185,8 +185,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("stage", "weights"),
     [
-        ("ppo_lora.py", "policy_adapter/adapter_model.safetensors"),
-        ("reward_lora.py", "reward_adapter/adapter_model.safetensors"),
+        pytest.param("ppo_lora.py", "policy_adapter/adapter_model.safetensors", marks=pytest.mark.slow),
+        pytest.param("reward_lora.py", "reward_adapter/adapter_model.safetensors", marks=pytest.mark.slow),
         ("merge_lora.py", "merged/model.safetensors"),
     ],
 )

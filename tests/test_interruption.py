@@ -103,7 +103,8 @@ def test_sigterm_in_each_stage(
     assert outcome(run) == outcome(run_folder)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("reward", marks=pytest.mark.slow), "instruct", "ppo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["reward", "instruct", "ppo"])
 def test_sigterm_in_the_last_step_of_a_stage_ends_the_run_too(
     recipe: Callable[..., tuple[int, str]],
     run_folder: Path,

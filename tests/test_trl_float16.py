@@ -90,7 +90,10 @@ def test_what_is_not_finite_at_scale_1_either_is_counted(
     assert scales == [4.0, 2.0, 1.0, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(("stage", "name"), [("reward_lora.py", "reward"), ("sft_lora.py", "instruct")])
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [pytest.param("reward_lora.py", "reward", marks=pytest.mark.slow), ("sft_lora.py", "instruct")],
+)
 def test_a_loss_that_is_not_finite_is_a_fault_at_any_scale_and_keeps_the_scale(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, name: str
 ) -> None:

@@ -27,7 +27,9 @@ STEPS = ["--reward.max_steps", "10", "--sft.max_steps", "10"]  # of 4 in a pass
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("save_steps", "crash_step", "from_step"), [(3, 8, 6), (4, 6, 4)])
+@pytest.mark.parametrize(
+    ("save_steps", "crash_step", "from_step"), [(3, 8, 6), pytest.param(4, 6, 4, marks=pytest.mark.slow)]
+)
 def test_training_goes_on_where_it_was(
     recipe: Recipe,
     tmp_path: Path,
@@ -112,7 +114,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert "step_000006 is damaged (optimizer.pt has" in printed and "; step_000003 is used" in printed
 
 
-@pytest.mark.parametrize("stage", EITHER)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_files_swapped_for_pickles_run_nothing(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -260,7 +263,7 @@ def break_gradients(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: flo
     monkeypatch.setattr(trl_trainer._Guarding, "on_pre_optimizer_step", broken)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_with_nan_is_left_out_and_written_down(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, value: float

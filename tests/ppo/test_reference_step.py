@@ -63,20 +63,25 @@ class SlowPpo:
             torch.stack([states[len(prompt) - 1 + t] @ self.heads["value"][0] for t in range(len(answer) + 1)]) - shift
         )
 
+    def ids_of(self, tokens, text):
+        """The tokens that are wholly inside the text, and those of what is missing of it."""
+        while not text.startswith(self.tokenizer.decode(tokens)):
+            tokens = tokens[:-1]
+        missing = text[len(self.tokenizer.decode(tokens)) :]
+        return [*tokens, *self.tokenizer(missing, add_special_tokens=False)["input_ids"]]
+
     def read(self, answer):
-        """The tokens that the reward model reads and the penalty: EOS after every answer, whatever ended it."""
+        """The tokens that the reward model reads, with EOS, and the penalty: what a user sees, whatever ended it."""
         s, eos = self.s, self.tokenizer.eos_token_id
+        text, penalty = self.tokenizer.decode(answer), s.missing_eos_penalty
         if answer[-1] == eos:
-            return answer, 0.0
-        text = self.tokenizer.decode(answer)
-        if not any(stop in text for stop in s.stop_strings):
-            return [*answer, eos], s.missing_eos_penalty
-        text = min((text.split(stop)[0] for stop in s.stop_strings), key=len).rstrip()
-        before = answer
-        while not text.startswith(self.tokenizer.decode(before)):
-            before = before[:-1]
-        rest = self.tokenizer(text[len(self.tokenizer.decode(before)) :], add_special_tokens=False)["input_ids"]
-        return [*before, *rest, eos], s.missing_eos_penalty * s.stop_string_penalty
+            answer, penalty = answer[:-1], 0.0
+        elif any(stop in text for stop in s.stop_strings):
+            text = min((text.split(stop)[0] for stop in s.stop_strings), key=len).rstrip()
+            answer, penalty = self.ids_of(answer, text), s.missing_eos_penalty * s.stop_string_penalty
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        seen = [token for token in answer if token not in special]
+        return [*self.ids_of(seen, self.tokenizer.decode(seen).rstrip()), eos], penalty
 
     def step(self, rollout, orders):
         s = self.s
