@@ -33,6 +33,8 @@ class SlowPpo:
             self.models[role] = PeftModel.from_pretrained(load_causal_lm(config), str(folder / role), is_trainable=True)
             self.models[role].eval()
         self.models["reference"] = load_causal_lm(config)
+        for model in self.models.values():
+            model.get_output_embeddings().weight.data.copy_(trainer.base.lm_head.weight)
         for role in ("reward", "value"):
             self.heads[role] = torch.nn.Parameter(trainer.base.heads[role].weight.detach().clone())
         self.value_role = "value" if config.ppo.value_model == "adapter" else "policy"
@@ -169,6 +171,8 @@ def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer,
     lora = LoraSettings(r=4, lora_alpha=8, layers_to_transform=layers)
     config = make_config(ppo=settings | fast_paths, max_train_pairs=12, lora=lora)
     base = make_base(config, roles=(REWARD,))
+    with torch.no_grad():
+        base.lm_head.weight[tokenizer.eos_token_id] *= 3  # so that some answers end with EOS
     pairs, _ = preference_pairs(config, tokenizer, "train")
     trainer = PpoTrainer(base, tokenizer, pairs, CombinedReward([AdapterReward(base)]), config.ppo, seed=3)
     for role in ("policy", "reward", "value"):
@@ -197,7 +201,7 @@ def test_three_steps_equal_the_slow_reference(make_base, make_config, tokenizer,
     ours = [p.detach() for r in ("policy", "value") for p in base.parameters(r)]
     assert slow.clipped == set(range(len(ours))), "the norm is small enough to matter to policy and value"
     endings = {tuple(row) for r in rollouts for row in torch.stack([r.ended, r.ended_by_eos], 1).tolist()}
-    assert endings >= {(True, False), (False, False)}  # at a stop string, and cut
+    assert endings == {(True, True), (True, False), (False, False)}, "by EOS, at a stop string, and cut"
     assert len(ours) == len(slow.parameters)
     assert max(float((a - b).abs().max()) for a, b in zip(ours, before, strict=True)) > 1e-3
     for mine, theirs in zip(ours, slow.parameters, strict=True):
