@@ -154,11 +154,11 @@ def small_twin(config: Any, auto_class: Any, seed: int = 0, **fields: Any) -> An
     for name, value in fields.items():
         setattr(small, name, value)
     with torch.device("meta"):
-        size = auto_class.from_config(small).num_parameters()
+        size = auto_class.from_config(small, trust_remote_code=False).num_parameters()
     if size > MOST_PARAMETERS:
         raise ValueError(f"its twin would have {size} parameters: a size of this architecture is not known")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = auto_class.from_config(small, dtype=torch.float32)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the cards too, for good
+        model = auto_class.from_config(small, dtype=torch.float32, trust_remote_code=False)
     fill_randomly(model, seed)
     return model.eval()

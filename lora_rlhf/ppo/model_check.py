@@ -10,6 +10,7 @@ against the logits that it gave before it was shared, within what rounding alone
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -104,7 +105,7 @@ def architecture_differences(
     )
 
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the cards too, for good
         try:
             plain, shared = (small_twin(found, AutoModelForCausalLM) for _ in range(2))
             rows = sample_rows(plain.get_input_embeddings().weight.shape[0])
@@ -216,7 +217,7 @@ def loaded_base(
     if hasattr(causal_lm, "for_inference"):  # unsloth's kernels are others: it has a check of its own at loading
         return SharedBase(causal_lm, lora_config(config.lora), dtype)
     with _random_state_kept(causal_lm.device):
-        own = OwnReading.of(causal_lm, dtype)
+        own = OwnReading.of(causal_lm, dtype, setting)
     base = SharedBase(causal_lm, lora_config(config.lora), dtype)
     check_base(base, own, config.ppo.mixed_adapter_scoring if mixed is None else mixed)
     return base
@@ -237,18 +238,31 @@ class OwnReading:
     limit: float
 
     @classmethod
-    def of(cls, causal_lm: Any, dtype: torch.dtype) -> OwnReading:
+    def of(cls, causal_lm: Any, dtype: torch.dtype, setting: str = BASE_SETTING) -> OwnReading:
         """Read a model that nothing was done to, as it is and with its outputs rounded once more.
 
         What a dtype's rounding does to log-probs depends on the model: its depth, its width, what it amplifies. So it
         is measured on the model itself. Two right ways to compute the same layers differ by several roundings each
         (another kernel, another order of sums, the residual stream in another dtype), a wrong one by far more.
+
+        Raises:
+            UserError: the model's own log-probs are not finite in this dtype.
         """
         rows = sample_rows(causal_lm.get_input_embeddings().weight.shape[0])
         logprobs = own_logprobs_at_once(causal_lm, rows)
         with rounded_once_more(causal_lm, dtype):
             noise = difference("rounding", own_logprobs_at_once(causal_lm, rows), logprobs).typical
+        if not math.isfinite(noise):
+            raise UserError(_not_finite(causal_lm.config, dtype, setting))
         return cls(rows, logprobs, LIMIT + NOISE_FACTOR * noise)
+
+
+def _not_finite(found: Any, dtype: torch.dtype, setting: str) -> str:
+    advice = f"{setting}: its weights are damaged, or transformers cannot run it: choose another model"
+    if dtype == torch.float16:
+        advice = "set dtype: float32, or use a card that has bfloat16"
+    name = str(dtype).removeprefix("torch.")
+    return f"dtype: {_name(found)} gives logits that are not finite in {name}: {advice}"
 
 
 @contextlib.contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +13,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_rlhf.base import role_layers, shared
+from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.base.small_twin import small_twin
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.errors import UserError
+from lora_rlhf.model_shape import model_shape
 from lora_rlhf.ppo import model_check
-from lora_rlhf.ppo.model_check import OwnReading, check_architecture, check_base, loaded_base
+from lora_rlhf.ppo.model_check import OwnReading, check_architecture, check_architecture_of, check_base, loaded_base
 from lora_rlhf.ppo.readings import difference
+from lora_rlhf.roofline.operations import OperationCounter
+from lora_rlhf.roofline.shapes_only import shapes_trainer
 
 SMALL = LoraSettings(r=4)
 
@@ -161,3 +168,42 @@ def test_a_base_of_unsloth_is_not_read(make_config: Callable[..., RunConfig], mo
     monkeypatch.setattr(model_check, "load_causal_lm", lambda *_: causal_lm)
     monkeypatch.setattr(model_check, "check_base", lambda *_: pytest.fail("read"))
     assert loaded_base(make_config()).causal_lm is causal_lm
+
+
+def float16_twin(name: str = "llama") -> Any:
+    return small_twin(AutoConfig.for_model(name), AutoModelForCausalLM).to(torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("weight", "value"), [("model.norm.weight", torch.nan), ("model.layers.0.mlp.down_proj.weight", 6e4)]
+)
+def test_a_model_whose_own_logits_are_not_finite_is_refused(weight: str, value: float) -> None:
+    model = float16_twin()
+    assert OwnReading.of(model, torch.float16).limit < 0.1
+    model.get_parameter(weight).data.view(-1)[::3] = value
+    with pytest.raises(UserError, match=r"dtype: .*logits that are not finite in float16: set dtype: float32"):
+        OwnReading.of(model, torch.float16)
+
+
+def test_code_that_a_config_names_is_not_run_where_a_model_is_made_of_the_config_alone(
+    make_config: Callable[..., RunConfig], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers would ask whether to run it; here the answer would be yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "modeling_own.py").write_text(f"open({str(tmp_path / 'has_run')!r}, 'w')\nclass Own: pass\n")
+    own = dict.fromkeys(("AutoModelForCausalLM", "AutoModelForSequenceClassification"), "modeling_own.Own")
+    fields = json.loads((folder / "config.json").read_text()) | {"auto_map": own}
+    (folder / "config.json").write_text(json.dumps(fields))
+    config = make_config(model_name_or_path=str(folder))
+    check_target_modules(config)
+    assert check_architecture_of(config)
+    assert model_shape(config).layers == 2
+    with OperationCounter():
+        shapes_trainer(config)
+    assert not (tmp_path / "has_run").exists()
+
+
+def test_the_checks_leave_the_random_state_of_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the cards are seeded"))
+    assert check_architecture(AutoConfig.for_model("llama"), SMALL)
