@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DistilBertConfig
 
-from lora_rlhf.base import role_layers, shared
+from lora_rlhf.base import loading, role_layers, shared
 from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import load_causal_lm
@@ -24,8 +22,7 @@ from lora_rlhf.model_shape import model_shape
 from lora_rlhf.ppo import model_check
 from lora_rlhf.ppo.model_check import OwnReading, check_architecture, check_architecture_of, check_base, loaded_base
 from lora_rlhf.ppo.readings import difference
-from lora_rlhf.roofline.operations import OperationCounter
-from lora_rlhf.roofline.shapes_only import shapes_trainer
+from lora_rlhf.roofline.shapes_only import _causal_lm
 
 SMALL = LoraSettings(r=4)
 
@@ -186,22 +183,25 @@ def test_a_model_whose_own_logits_are_not_finite_is_refused(weight: str, value: 
 
 
 def test_code_that_a_config_names_is_not_run_where_a_model_is_made_of_the_config_alone(
-    make_config: Callable[..., RunConfig], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Transformers would ask whether to run it; here the answer would be yes."""
+    """Transformers would ask whether to run it, having no class of its own; here the answer would be yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    (folder / "modeling_own.py").write_text(f"open({str(tmp_path / 'has_run')!r}, 'w')\nclass Own: pass\n")
-    own = dict.fromkeys(("AutoModelForCausalLM", "AutoModelForSequenceClassification"), "modeling_own.Own")
-    fields = json.loads((folder / "config.json").read_text()) | {"auto_map": own}
-    (folder / "config.json").write_text(json.dumps(fields))
-    config = make_config(model_name_or_path=str(folder))
-    check_target_modules(config)
-    assert check_architecture_of(config)
-    assert model_shape(config).layers == 2
-    with OperationCounter():
-        shapes_trainer(config)
-    assert not (tmp_path / "has_run").exists()
+    found = DistilBertConfig(auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    found.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "modeling_own.py").write_text(f"open({str(tmp_path / 'has_run')!r}, 'w')\nclass Own: pass\n")
+    found._name_or_path = str(tmp_path / "model")
+    config = make_config(model_name_or_path=found._name_or_path)
+    monkeypatch.setattr(loading, "text_config", lambda found, *_: found)  # so that nothing is refused before
+    for make in (
+        lambda: check_target_modules(config),
+        lambda: model_shape(config),
+        lambda: small_twin(found, AutoModelForCausalLM),
+        lambda: _causal_lm(config),
+    ):
+        with pytest.raises(ValueError, match="trust_remote_code=True|Unrecognized configuration class"):
+            make()
+        assert not (tmp_path / "has_run").exists()
 
 
 def test_the_checks_leave_the_random_state_of_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
