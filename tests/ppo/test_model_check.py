@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DistilBertConfig
 
-from lora_rlhf.base import loading, role_layers, shared
+from lora_rlhf.base import lean_layers, loading, role_layers, shared
 from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import load_causal_lm
@@ -207,3 +207,42 @@ def test_code_that_a_config_names_is_not_run_where_a_model_is_made_of_the_config
 def test_the_checks_leave_the_random_state_of_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the cards are seeded"))
     assert check_architecture(AutoConfig.for_model("llama"), SMALL)
+
+
+def norm_without_weight(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(weight.dtype)
+
+
+def norm_with_a_gradient_without_weight(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The right number, with the gradient of a norm whose weight is 1."""
+    plain = norm_without_weight(x, weight, eps)
+    return plain + (plain.detach() * (weight - 1)).detach()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (norm_without_weight, "log-probs in eval mode off by"),
+        (norm_with_a_gradient_without_weight, "gradients of the adapter off by"),
+    ],
+)
+def test_a_norm_that_ignores_its_weight_is_found(monkeypatch: pytest.MonkeyPatch, wrong: Any, words: str) -> None:
+    found = AutoConfig.for_model("llama")
+    assert check_architecture(found, SMALL)
+    monkeypatch.setattr(lean_layers, "rms_norm", wrong)
+    with pytest.raises(UserError, match=words):
+        check_architecture(found, SMALL)
+
+
+def test_rotary_factors_of_a_part_of_each_head_are_cut_to_that_part() -> None:
+    """As in Phi-4-mini: a quarter of each head is not rotated."""
+    factors = {"type": "longrope", "short_factor": [1.0] * 36, "long_factor": [1.2] * 36}
+    fields = {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 4096, "rope_scaling": factors}
+    assert check_architecture(AutoConfig.for_model("phi3", max_position_embeddings=131072, **fields), SMALL)
+
+
+def test_a_list_of_kinds_says_how_many_layers_there_are() -> None:
+    """As in Nemotron-H, whose config has no other number of layers."""
+    kinds = ["linear_attention", "mlp", "linear_attention", "mlp", "full_attention", "mlp"] * 8
+    twin = small_twin(AutoConfig.for_model("nemotron_h", layers_block_type=kinds), AutoModelForCausalLM)
+    assert twin.config.layers_block_type == kinds[:5]
