@@ -43,10 +43,11 @@ from lora_rlhf.ppo.readings import (
     Rows,
     difference,
     fill_adapter,
-    finite_policy_logprobs,
+    halve_policy,
     own_logprobs,
     own_logprobs_at_once,
     random_policy,
+    rounded_once_more,
     row_logprobs,
     sample_rows,
     shared_differences,
@@ -60,6 +61,9 @@ NOISE_FACTOR, OWN_NOISE_FACTOR = 3, 2
 """How many times what one more rounding of every layer's output does a base in 16 or 4 bits may be off: from what the
 model itself gave, and in one of our ways of reading it from another. These share their kernels and most roundings."""
 GRADIENTS, SCORES = "gradients of the adapter", "scores of a reward adapter that was trained on its own"
+
+POLICIES = 4
+"""How many random policies are tried, each smaller, where numbers are not finite."""
 
 
 def check_architecture(hf_config: Any, settings: LoraSettings, mixed: bool = True, own_reward: bool = True) -> bool:
@@ -282,32 +286,6 @@ def _not_finite(hf_config: Any, dtype: torch.dtype, setting: str) -> str:
     return f"dtype: {_name(hf_config)} gives logits that are not finite in {name}: {advice}"
 
 
-@contextlib.contextmanager
-def rounded_once_more(causal_lm: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Change what linear layers and whole blocks give by up to half of `eps`, and round it again, inside the block.
-
-    In 16 bits, an output stays what it is or moves by one unit in the last place.
-    """
-    generator, half = torch.Generator().manual_seed(0), torch.finfo(dtype).eps / 2
-
-    def rounded(_: Any, __: Any, output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        if not isinstance(first, torch.Tensor) or not first.is_floating_point():
-            return output
-        shift = 1 + half * (2 * torch.rand(first.shape, generator=generator) - 1)
-        moved = (first.float() * shift.to(first.device)).to(first.dtype)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
-
-    blocks = [block for stack in causal_lm.modules() if isinstance(stack, nn.ModuleList) for block in stack]
-    layers = [module for module in causal_lm.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_hook(rounded) for module in dict.fromkeys([*blocks, *layers])]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def check_base(
     base: SharedBase, own: OwnReading, mixed: bool, setting: str = BASE_SETTING, config_decides: bool = True
 ) -> None:
@@ -334,9 +312,13 @@ def check_base(
 
     explained = _explained(hf_config, "cannot be run as PPO runs it", setting)
     with _random_state_kept(base.device), random_policy(base), explained:
-        right = {REFERENCE: read(REFERENCE, own.rows), POLICY: finite_policy_logprobs(base, own.rows)}
-        differences = [difference(EVAL, right[REFERENCE], own.logprobs)]
-        differences += shared_differences(base, own.rows, right, read, mixed)
+        for _ in range(POLICIES):
+            right = {role: read(role, own.rows) for role in (REFERENCE, POLICY)}
+            differences = [difference(EVAL, right[REFERENCE], own.logprobs)]
+            differences += shared_differences(base, own.rows, right, read, mixed)
+            if all(math.isfinite(one.largest) for one in differences):
+                break
+            halve_policy(base)
     for one in differences:
         if not one.typical <= (limit := own.limit(one.reading)):
             raise UserError(words(hf_config, one.reading, one.typical, limit, setting, config_decides))

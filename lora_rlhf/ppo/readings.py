@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_rlhf.base.packing import left_padded, right_padded
 from lora_rlhf.base.role_layers import MixedRoles
@@ -17,7 +18,6 @@ from lora_rlhf.ppo.decoding import Sampling, decoder_of
 
 ROWS, LENGTH, PADDING, NEW = 3, 24, 5, 3
 """Rows, tokens in the longest, how many fewer each next row has, and tokens that are sampled after them."""
-MOST_HALVINGS = 8
 NO_END = SimpleNamespace(pad_token_id=0, eos_token_id=-1, chat_template=None)
 """In place of a tokenizer, where answers are sampled that must not end."""
 
@@ -62,6 +62,32 @@ def _of_states(base: SharedBase, states: torch.Tensor, ids: torch.Tensor, mask: 
     predicted = mask[:, 1:] & mask[:, :-1]
     logprobs, _ = base.response_logprobs(states, ids, predicted, 1.0, None, with_entropy=False)
     return [row[real] for row, real in zip(logprobs, predicted, strict=True)]
+
+
+@contextlib.contextmanager
+def rounded_once_more(causal_lm: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Change what linear layers and whole blocks give by up to half of `eps`, and round it again, inside the block.
+
+    In 16 bits, an output stays what it is or moves by one unit in the last place.
+    """
+    generator, half = torch.Generator().manual_seed(0), torch.finfo(dtype).eps / 2
+
+    def rounded(_: Any, __: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+            return output
+        shift = 1 + half * (2 * torch.rand(first.shape, generator=generator) - 1)
+        moved = (first.float() * shift.to(first.device)).to(first.dtype)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    blocks = [block for stack in causal_lm.modules() if isinstance(stack, nn.ModuleList) for block in stack]
+    layers = [module for module in causal_lm.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(rounded) for module in dict.fromkeys([*blocks, *layers])]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass(frozen=True)
@@ -164,22 +190,14 @@ def random_policy(base: SharedBase) -> Iterator[None]:
 
 
 @torch.no_grad()
-def finite_policy_logprobs(base: SharedBase, rows: Rows) -> list[torch.Tensor]:
-    """Return what the random policy says of rows of token ids, after halving it as often as its numbers overflow.
-
-    A random update may leave the range of float16 where the base, and a policy that was trained, do not.
-    """
-    for _ in range(MOST_HALVINGS):
-        logprobs = shared_logprobs(base, POLICY, rows)
-        if all(bool(row.isfinite().all()) for row in logprobs):
-            break
-        for parameter in base.parameters(POLICY):
-            parameter.div_(2)
-    return logprobs
+def halve_policy(base: SharedBase) -> None:
+    """Halve the matrices of the policy: a random one may leave the range of float16 where the base does not."""
+    for parameter in base.parameters(POLICY):
+        parameter.div_(2)
 
 
 @torch.no_grad()
-def fill_adapter(model: torch.nn.Module, name: str, scaling: float) -> None:
+def fill_adapter(model: nn.Module, name: str, scaling: float) -> None:
     """Give an adapter's matrices, A [rank, in] and B [out, rank], numbers that make their product matter.
 
     Args:

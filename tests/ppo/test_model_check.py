@@ -14,15 +14,17 @@ from lora_rlhf.base import lean_layers, loading, role_layers, shared
 from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import load_causal_lm
-from lora_rlhf.base.shared import POLICY, SharedBase
+from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
 from lora_rlhf.base.small_twin import small_twin
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.errors import UserError
+from lora_rlhf.evaluation.loaded_arms import named_arms
 from lora_rlhf.model_shape import model_shape
 from lora_rlhf.ppo import model_check
 from lora_rlhf.ppo.model_check import OwnReading, check_architecture, check_base, loaded_base
-from lora_rlhf.ppo.readings import difference
+from lora_rlhf.ppo.readings import difference, own_logprobs, random_policy, shared_logprobs
 from lora_rlhf.roofline.shapes_only import _causal_lm
+from lora_rlhf.stages import Session
 
 SMALL = LoraSettings(r=4)
 
@@ -287,3 +289,76 @@ def test_a_list_of_kinds_says_how_many_layers_there_are() -> None:
     kinds = ["linear_attention", "mlp", "linear_attention", "mlp", "full_attention", "mlp"] * 8
     twin = small_twin(AutoConfig.for_model("nemotron_h", layers_block_type=kinds), AutoModelForCausalLM)
     assert twin.config.layers_block_type == kinds[:5]
+
+
+def test_other_errors_may_be_faults_of_this_package_and_those_of_a_card_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raising(error: Exception) -> Callable[..., Any]:
+        def read(*_: Any) -> Any:
+            raise error
+
+        return read
+
+    found = AutoConfig.for_model("llama")
+    monkeypatch.setattr(model_check, "shared_logprobs", raising(AttributeError("no such name")))
+    with pytest.raises(
+        UserError, match=r"AttributeError: no such name\): choose another model \(this may be a fault of"
+    ):
+        check_architecture(found, SMALL)
+    monkeypatch.setattr(model_check, "shared_logprobs", raising(torch.AcceleratorError("CUDA error: an assert")))
+    with pytest.raises(torch.AcceleratorError):
+        check_architecture(found, SMALL)
+
+
+def test_a_refused_base_is_named_by_its_setting_and_with_advice_that_changes_something(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SharedBase, "hidden_mixed", lambda self, _, *rows: self.hidden(REFERENCE, *rows))
+    mixed = r"several roles in one pass off by .* wrong numbers: "
+    with pytest.raises(UserError, match=f"^model_name_or_path: .*{mixed}set ppo.mixed_adapter_scoring: false, or"):
+        loaded_base(make_config(ppo={"mixed_adapter_scoring": True}))
+    with pytest.raises(UserError, match=f"^--models: base: .*{mixed}choose another model$"):
+        loaded_base(make_config(), setting="--models: base", mixed=True)
+    with pytest.raises(UserError, match=f"^--models: base: .*{mixed}choose another model$"):
+        named_arms(make_config(), {"base": "tiny"})
+
+
+def test_a_refusal_names_what_was_compared(make_config: Callable[..., RunConfig]) -> None:
+    """One token in the worst third is far off, and does not decide: nor is it what the sentence says."""
+    base = loaded_base(make_config())
+    own = OwnReading([[5, 6, 7, 8]], shared_logprobs(base, REFERENCE, [[5, 6, 7, 8]]), 0.0)
+    own.logprobs[0][0] += 100.0
+    check_base(base, own, mixed=False)
+    own.logprobs[0][1:] += 0.5
+    with pytest.raises(UserError, match=r"eval mode off by 0\.5 nats, where rounding explains 0\.0001"):
+        check_base(base, own, mixed=False)
+
+
+def test_a_run_checks_the_first_load_of_its_base_alone(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr(model_check, "check_base", lambda base, *_: checked.append(base))
+    session = Session.open(make_config())
+    first = session.shared_base()
+    session.free_base()
+    assert session.shared_base() is not first and checked == [first]
+
+
+def test_a_check_reads_each_role_once_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(model_check, "own_logprobs", lambda _, rows: read.append(len(rows)) or own_logprobs(_, rows))
+    assert check_architecture(AutoConfig.for_model("llama"), SMALL)
+    assert read == [3] * 6  # whether it runs; two roles; decoded; two roles decoded in one pass
+
+
+def test_a_random_policy_that_overflows_is_halved() -> None:
+    """What enters the last projection is near the end of float16, and leaves it small."""
+    model = float16_twin()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data *= 10_000
+        layer.mlp.down_proj.weight.data /= 10_000
+    own = OwnReading.of(model, torch.float16)
+    base = SharedBase(model, lora_config(SMALL), torch.float16)
+    with random_policy(base), torch.no_grad():
+        assert not torch.cat(shared_logprobs(base, POLICY, own.rows)).isfinite().all()
+    check_base(base, own, mixed=True)
