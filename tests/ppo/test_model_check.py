@@ -345,8 +345,13 @@ def test_a_run_checks_the_first_load_of_its_base_alone(
 
 
 def test_a_check_reads_each_role_once_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-    monkeypatch.setattr(model_check, "own_logprobs", lambda _, rows: read.append(len(rows)) or own_logprobs(_, rows))
+    read: list[int] = []
+
+    def counted(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
+        read.append(len(rows))
+        return own_logprobs(model, rows)
+
+    monkeypatch.setattr(model_check, "own_logprobs", counted)
     assert check_architecture(AutoConfig.for_model("llama"), SMALL)
     assert read == [3] * 6  # whether it runs; two roles; decoded; two roles decoded in one pass
 
