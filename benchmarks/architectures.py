@@ -88,7 +88,7 @@ def checked(name: str) -> Row:
             for one in architecture_differences(found, lora, own_reward=own_reward):
                 apart[one.reading] = one.largest
                 if not one.largest <= LIMIT:
-                    raise UserError(words(found, one, LIMIT))
+                    raise UserError(words(found, one.reading, one.largest, LIMIT))
         except NoTwin as error:
             return Row(name, f"not known: {error}", default=default)
         except UserError as error:

@@ -76,7 +76,7 @@ def model_shape(config: RunConfig) -> ModelShape:
 def shape_of(config: Any, auto_class: Any) -> ModelShape:
     """Return the shape of the model that a transformers config describes, built without memory for its weights."""
     with torch.device("meta"):
-        model = auto_class.from_config(config)
+        model = auto_class.from_config(config, trust_remote_code=False)
     linears = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and (place := re.search(r"\.(\d+)\.", name)):

@@ -60,6 +60,7 @@ class Session:
     base: SharedBase | None = None
     _pairs: dict[Split, list[PreferencePair]] = field(default_factory=dict)
     _checked: bool = False
+    _base_checked: bool = False
 
     @classmethod
     def open(cls, config: RunConfig) -> Session:
@@ -112,7 +113,8 @@ class Session:
     def shared_base(self) -> SharedBase:
         """Return the shared base, loading it if it is not in memory."""
         if self.base is None:
-            self.base = loaded_base(self.config)
+            self.base = loaded_base(self.config, check=not self._base_checked)
+            self._base_checked = True
         return self.base
 
     def check_run(self) -> None:

@@ -42,7 +42,7 @@ def whole_vocabulary_tokenizer(vocabulary: int) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         build_tiny_model(Path(folder), chat_template=None)
-        small = AutoTokenizer.from_pretrained(folder)
+        small = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     content = json.loads(small.backend_tokenizer.to_str())
     known = content["model"]["vocab"]
     made_up = (

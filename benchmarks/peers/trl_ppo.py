@@ -104,7 +104,7 @@ def main() -> None:
     if given.cap_gib and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, given.cap_gib / whole))
-    tokenizer = AutoTokenizer.from_pretrained(given.model, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(given.model, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = "<pad>"
     four_bit = BitsAndBytesConfig(
@@ -112,7 +112,7 @@ def main() -> None:
         bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head", "score"],
     )  # fmt: skip
     place = {"": 0 if torch.cuda.is_available() else "cpu"}
-    load = {"quantization_config": four_bit, "dtype": torch.float32, "device_map": place}
+    load = {"quantization_config": four_bit, "dtype": torch.float32, "device_map": place, "trust_remote_code": False}
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = {"r": given.rank, "lora_alpha": 2 * given.rank, "target_modules": layers}
     policy = AutoModelForCausalLM.from_pretrained(given.model, **load)

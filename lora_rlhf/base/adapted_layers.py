@@ -30,7 +30,7 @@ def check_target_modules(config: RunConfig) -> None:
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about what is refused below
-        causal_lm = AutoModelForCausalLM.from_config(shape_config(config))
+        causal_lm = AutoModelForCausalLM.from_config(shape_config(config), trust_remote_code=False)
         model = with_adapter(causal_lm, lora_config(config.lora), "policy")
     check_adapted_layers(model, causal_lm, SETTING)
 

@@ -130,8 +130,9 @@ def convert_gguf(gguf: Path, into: Path) -> None:
     from lora_rlhf.base.loading import quiet_transformers
 
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     # The GGUF's header gives EOS and pad the same id; the tokenizer read from it has EOS as <|im_start|>.
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
     tokenizer.chat_template = chatml_with_system_turn(SYSTEM_TURN)

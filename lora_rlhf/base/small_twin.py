@@ -50,6 +50,8 @@ AT_MOST = {
 }
 """Numbers that stay what they are where they are smaller."""
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+KINDS = ("layer_types", "layers_block_type")
+"""Names of lists that hold the kind of every layer."""
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "num_global_key_value_heads")
 PERIODS = ("_period", "_interval", "_step", "_pattern")
 """Ends of names of numbers that say in how many layers a kind of layer comes again."""
@@ -75,7 +77,7 @@ def small_config(config: Any) -> Any:
 
 def _depth(fields: Mapping[str, Any]) -> int:
     """Return how many of the first layers have one of every kind."""
-    layers = next((fields[name] for name in LAYERS if isinstance(fields.get(name), int)), 2)
+    layers = _layer_count(fields) or 2
     depth = 2
     for name, value in fields.items():
         if isinstance(value, list) and value and len(value) == layers and isinstance(value[0], str | int):
@@ -88,9 +90,24 @@ def _depth(fields: Mapping[str, Any]) -> int:
     return min(depth, layers, MOST_LAYERS)
 
 
-def _shrunk(fields: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """Return the fields of a config, and those of the configs in it, with small sizes and `depth` layers."""
-    layers = next((fields[name] for name in LAYERS if isinstance(fields.get(name), int)), None)
+def _layer_count(fields: Mapping[str, Any]) -> int | None:
+    """Return how many layers a config describes, where it says so: by a number, or by a list of their kinds."""
+    for name in LAYERS:
+        if isinstance(fields.get(name), int):
+            return int(fields[name])
+    return next((len(fields[name]) for name in KINDS if isinstance(fields.get(name), list)), None)
+
+
+def _shrunk(fields: Mapping[str, Any], depth: int, partial: float | None = None) -> dict[str, Any]:
+    """Return the fields of a config, and those of the configs in it, with small sizes and `depth` layers.
+
+    Args:
+        fields: of transformers' config, or of one inside it.
+        depth: how many layers are kept.
+        partial: the share of a head's width that is rotated, as an outer config says it; None means all of it.
+    """
+    layers = _layer_count(fields)
+    partial = fields.get("partial_rotary_factor") or partial
     heads = next((fields[name] for name in ("num_attention_heads", "n_head", "n_heads") if fields.get(name)), None)
     small: dict[str, Any] = {}
     for name, value in fields.items():
@@ -105,14 +122,14 @@ def _shrunk(fields: Mapping[str, Any], depth: int) -> dict[str, Any]:
             small[name] = min(value, AT_MOST[name])
         elif name == "mrope_section":
             small[name] = [2, 3, 3]
-        elif name in ("short_factor", "long_factor"):
-            small[name] = value[: HEAD_WIDTH // 2]
+        elif name in ("short_factor", "long_factor"):  # one for each pair of what is rotated in a head
+            small[name] = value[: int(HEAD_WIDTH * (partial or 1)) // 2]
         elif isinstance(value, list) and layers and len(value) == layers:
             small[name] = value[:depth]
         elif isinstance(value, list) and name.endswith(PLACES):
             small[name] = [place for place in value if isinstance(place, int) and place < depth]
         elif isinstance(value, dict) and not name.endswith("label") and name != "label2id":
-            small[name] = _shrunk(value, depth)
+            small[name] = _shrunk(value, depth, partial)
         else:
             small[name] = value
     if "time_step_rank" in fields and "num_heads" in fields:  # Mamba-2 calls the heads of its state-space layers so
@@ -124,7 +141,10 @@ def _shrunk(fields: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def fill_randomly(model: nn.Module, seed: int = 0) -> None:
-    """Give matrices and biases random numbers of a size at which every layer counts; the global generator stays."""
+    """Give all weights and biases random numbers of a size at which every layer counts; the global generator stays.
+
+    The weights of a norm stay near what they are (1, or 0 where the norm adds 1): an error that ignores them shows.
+    """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -132,6 +152,8 @@ def fill_randomly(model: nn.Module, seed: int = 0) -> None:
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator) * gain / parameter.shape[-1] ** 0.5
                 parameter.copy_(noise)
+            elif name == "weight":
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
             elif name == "bias":
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
@@ -154,11 +176,11 @@ def small_twin(config: Any, auto_class: Any, seed: int = 0, **fields: Any) -> An
     for name, value in fields.items():
         setattr(small, name, value)
     with torch.device("meta"):
-        size = auto_class.from_config(small).num_parameters()
+        size = auto_class.from_config(small, trust_remote_code=False).num_parameters()
     if size > MOST_PARAMETERS:
         raise ValueError(f"its twin would have {size} parameters: a size of this architecture is not known")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = auto_class.from_config(small, dtype=torch.float32)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the cards too, for good
+        model = auto_class.from_config(small, dtype=torch.float32, trust_remote_code=False)
     fill_randomly(model, seed)
     return model.eval()

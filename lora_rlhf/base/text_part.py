@@ -37,6 +37,11 @@ def text_config(found: Any, source: str, setting: str) -> Any:
         raise UserError(f"{setting}: {source} ({found.model_type}) has an encoder: choose a causal language model")
     text = getattr(found, "text_config", None)
     if text is None:
+        if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(
+                f"{setting}: {source} ({found.model_type}) is no causal language model that transformers knows: choose "
+                "one that is"
+            )
         return found
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(

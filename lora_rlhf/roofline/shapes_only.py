@@ -67,13 +67,14 @@ def _causal_lm(config: RunConfig) -> Any:
 
     found = shape_config(config)
     found._attn_implementation = "sdpa"
-    model = AutoModelForCausalLM.from_config(found, dtype=getattr(torch, config.dtype)).eval()
+    dtype = getattr(torch, config.dtype)
+    model = AutoModelForCausalLM.from_config(found, dtype=dtype, trust_remote_code=False).eval()
     if config.load_in_4bit:
         published = getattr(found, "quantization_config", None)
         for path, child in list(model.named_modules()):
             if isinstance(child, nn.Linear) and is_quantized(published, path):
                 parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, _in_4_bits(child, getattr(torch, config.dtype)))
+                setattr(model.get_submodule(parent), name, _in_4_bits(child, dtype))
         model.is_loaded_in_4bit = model.is_quantized = True
     return model
 

@@ -78,8 +78,12 @@ def test_a_reward_model_is_made_of_the_text_model(make_config: MakeConfig, tmp_p
     [
         (lambda: transformers.Qwen2_5_VLConfig(), "no causal language model for its text part alone"),
         (lambda: transformers.T5Config(), "has an encoder: choose a causal language model"),
+        (
+            lambda: transformers.DistilBertConfig(),
+            r"\(distilbert\) is no causal language model that transformers knows",
+        ),
     ],
-    ids=["qwen2_5_vl", "t5"],
+    ids=["qwen2_5_vl", "t5", "distilbert"],
 )
 def test_other_models_are_refused_in_words(
     make_config: MakeConfig, tmp_path: Path, found: Callable[[], Any], words: str
