@@ -57,9 +57,9 @@ from lora_rlhf.reward.own_reward import trains_own_reward
 
 LIMIT = 1e-4
 """Nats by which log-probs in float32 may differ, and the share of the largest by which gradients may."""
-NOISE_FACTOR, OWN_NOISE_FACTOR = 3, 2
+NOISE_FACTOR = 3
 """How many times what one more rounding of every layer's output does a base in 16 or 4 bits may be off: from what the
-model itself gave, and in one of our ways of reading it from another. These share their kernels and most roundings."""
+model itself gave, and in one of our ways of reading it from another."""
 GRADIENTS, SCORES = "gradients of the adapter", "scores of a reward adapter that was trained on its own"
 
 POLICIES = 4
@@ -254,9 +254,10 @@ class OwnReading:
     logprobs: list[torch.Tensor]
     noise: float
 
-    def limit(self, reading: str) -> float:
-        """Return the nats by which a reading of the shared base may be off."""
-        return LIMIT + self.noise * (NOISE_FACTOR if reading == EVAL else OWN_NOISE_FACTOR)
+    @property
+    def limit(self) -> float:
+        """The nats by which a reading of the shared base may be off."""
+        return LIMIT + NOISE_FACTOR * self.noise
 
     @classmethod
     def of(cls, causal_lm: Any, dtype: torch.dtype, setting: str = BASE_SETTING) -> OwnReading:
@@ -320,8 +321,8 @@ def check_base(
                 break
             halve_policy(base)
     for one in differences:
-        if not one.typical <= (limit := own.limit(one.reading)):
-            raise UserError(words(hf_config, one.reading, one.typical, limit, setting, config_decides))
+        if not one.typical <= own.limit:
+            raise UserError(words(hf_config, one.reading, one.typical, own.limit, setting, config_decides))
 
 
 def _random_state_kept(device: torch.device) -> Any:
