@@ -50,6 +50,7 @@ def test_a_step_of_both_value_models() -> None:
     assert all(value > 0 for value in found.values())
 
 
+@pytest.mark.slow
 def test_rollouts_by_every_engine() -> None:
     shape = ["--model", "tiny", "--dtype", "float32", "--batch", "2", "--prompt", "8", "--response", "4"]
     found = figures("rollout.py", *shape, "--rounds", "1")

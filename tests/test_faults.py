@@ -127,11 +127,12 @@ def test_memory_that_runs_out_in_a_step_changes_no_number(
         torch.testing.assert_close(policy(trained)[name], tensor, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
         pytest.param(torch.AcceleratorError("CUDA error: out of memory"), id="GPU"),
-        pytest.param(MemoryError(), id="main", marks=pytest.mark.slow),
+        pytest.param(MemoryError(), id="main"),
     ],
 )
 def test_memory_that_runs_out_in_other_stages_is_said(
@@ -318,6 +319,7 @@ def test_a_run_past_max_kl_leaves_the_policy_of_the_last_step_within_and_says_so
     assert_same(policy(trained), load_file(trained / "policy_snapshots" / kept[0] / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_json_was_swapped_for_a_pickle_runs_nothing(
     recipe: Recipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

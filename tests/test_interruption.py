@@ -65,7 +65,8 @@ class Run:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_saves_its_step_leaves_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"
     run = Run(folder)
@@ -173,6 +174,7 @@ def test_the_reward_stage_saves_its_step_too(tmp_path: Path) -> None:
     again.process.kill()
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_directory(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = Run(folder)
