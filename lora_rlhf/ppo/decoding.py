@@ -265,9 +265,13 @@ def tokens_of_text(tokenizer: Any, tokens: list[int], text: str) -> list[int]:
     return whole if tokenizer.decode(whole).strip() == text.strip() else inside
 
 
-def visible_tokens(tokenizer: Any, tokens: list[int]) -> list[int]:
-    """Return the ids that read what a user sees of `tokens`: no special tokens, and no blanks at the end."""
-    hidden = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    hidden.update(tokenizer.all_special_ids)
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids that decoding leaves out of what a user sees."""
+    added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def visible_tokens(tokenizer: Any, tokens: list[int], hidden: set[int]) -> list[int]:
+    """Return the ids that read what a user sees of `tokens`: none of `hidden`, and no blanks at the end."""
     shown = [token for token in tokens if token not in hidden]
     return tokens_of_text(tokenizer, shown, tokenizer.decode(shown))

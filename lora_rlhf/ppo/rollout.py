@@ -16,6 +16,7 @@ from lora_rlhf.ppo.decoding import (
     Sampling,
     decoder_of,
     ending_ids,
+    special_ids,
     stop_position,
     tokens_of_text,
     visible_tokens,
@@ -146,7 +147,7 @@ def _cut_rollout(
     lengths = torch.full((rows,), length)
     ended, by_eos = torch.zeros((2, rows), dtype=torch.bool)
     texts, read = [], []
-    endings = set(ends.tolist())
+    endings, hidden = set(ends.tolist()), special_ids(tokenizer)
     for i, row in enumerate(response.tolist()):
         end = next((t for t, token in enumerate(row) if token in endings), None)
         body = row if end is None else row[:end]
@@ -156,7 +157,7 @@ def _cut_rollout(
             body = tokens_of_text(tokenizer, body[: stop[0]], stop[1])
         elif end is not None:
             lengths[i], ended[i], by_eos[i] = end + 1, True, True
-        body = visible_tokens(tokenizer, body)
+        body = visible_tokens(tokenizer, body, hidden)
         read.append([*body, eos])
         texts.append(tokenizer.decode(body, skip_special_tokens=True).strip())
     action_mask = (torch.arange(length) < lengths[:, None]).to(device)
