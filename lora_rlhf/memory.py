@@ -147,13 +147,14 @@ def main() -> None:
         check_dtype(card, undecided.dtype)
     config = with_checkpointing_decided(undecided, size)
     usable, on_cuda = usable_bytes(size)
-    plans = peaks(config, model_shape(config), on_cuda, usable)
+    shape = model_shape(config)
+    plans = peaks(config, shape, on_cuda, usable)
     console.print(memory_table(plans, usable))
     wrong = advice(config, plans, usable, on_cuda)
     spare = usable - max(plan.total for plan in plans)
     checkpointing = ", PPO with gradient checkpointing" if config.ppo.gradient_checkpointing else ""
     note(wrong or f"fits, with {spare / GIB:.1f} GiB to spare{checkpointing}")
-    if left := weights_left_whole(config, model_shape(config)):
+    if left := weights_left_whole(config, shape):
         note(left)
     merging = merge_bytes(config, on_cuda)
     if on_cuda:
@@ -167,7 +168,7 @@ def main() -> None:
     if card:
         figures["cards_that_fit"] = fitting = cards_that_fit(undecided)
         note(f"fits on {', '.join(CARDS[name].name for name in fitting) or 'none of the cards that are known'}")
-        figures["hours"] = print_hours(config, card, given.pairs, expands(config, model_shape(config), on_cuda, usable))
+        figures["hours"] = print_hours(config, card, given.pairs, expands(config, shape, on_cuda, usable))
     if given.json:
         print(json.dumps(figures))
     if wrong:
