@@ -11,15 +11,17 @@ import torch
 
 from lora_rlhf.errors import UserError
 
+ADAM_EPSILON = 1e-5
+
 
 def adam(groups: list[dict[str, Any]], optim: str) -> torch.optim.Optimizer:
-    """16. Return Adam with ε 1e-5, its moments in float32 or, paged, in 8 bits."""
+    """16. Return Adam, its moments in float32 or, paged, in 8 bits."""
     check_optim(optim)
     if optim == "adam":
-        return torch.optim.Adam(groups, eps=1e-5, fused=True)
+        return torch.optim.Adam(groups, eps=ADAM_EPSILON, fused=True)
     import bitsandbytes
 
-    return bitsandbytes.optim.PagedAdam8bit(groups, eps=1e-5)
+    return bitsandbytes.optim.PagedAdam8bit(groups, eps=ADAM_EPSILON)
 
 
 def check_optim(optim: str) -> None:
