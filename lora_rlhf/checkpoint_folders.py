@@ -55,7 +55,7 @@ def write_checkpoint(parent: Path, step: int, write: Callable[[Path], None], kee
         raise UserError(f"{folder} could not be written: {reason}") from None
     if problem := damage(folder):
         raise UserError(f"{folder} reads back otherwise than it was written ({problem}); is the disk failing?")
-    for old, path in sorted(checkpoints(parent))[: -max(keep, 1)]:
+    for old, path in sorted(step_folders(parent))[: -max(keep, 1)]:
         if old < step:
             shutil.rmtree(path, ignore_errors=True)
     return folder
@@ -96,7 +96,7 @@ def newest_checkpoint(parent: Path, report: Callable[[str], None]) -> tuple[int,
     """Return (step, folder) of the newest checkpoint that is whole; the damaged ones after it are named in `report`."""
     damaged = []
     found = None
-    for step, folder in sorted(checkpoints(parent), reverse=True):
+    for step, folder in sorted(step_folders(parent), reverse=True):
         problem = damage(folder)
         if problem is None:
             found = step, folder
@@ -108,8 +108,8 @@ def newest_checkpoint(parent: Path, report: Callable[[str], None]) -> tuple[int,
     return found
 
 
-def checkpoints(parent: Path) -> Iterator[tuple[int, Path]]:
-    """Yield (step, folder) of every checkpoint in `parent`, whole or not."""
+def step_folders(parent: Path) -> Iterator[tuple[int, Path]]:
+    """Yield (step, folder) of every folder in `parent` that is named for a step, whole or not."""
     for folder in parent.glob("*") if parent.is_dir() else ():
         if (match := re.fullmatch(r"step_(\d+)", folder.name)) and folder.is_dir():
             yield int(match[1]), folder

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.base.shared import POLICY
-from lora_rlhf.checkpoint_folders import check_space_of_checkpoint, newest_checkpoint, readable, write_checkpoint
+from lora_rlhf.checkpoint_folders import (
+    check_space_of_checkpoint,
+    newest_checkpoint,
+    readable,
+    step_folders,
+    write_checkpoint,
+)
 from lora_rlhf.config import PpoSettings, RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.interruption import StoppedAfterSaving, interruption
@@ -129,8 +135,8 @@ def taken_steps(trainer: PpoTrainer, run: RunDirectory, resumed: Resumed | None)
 
 def _drop_policies_from(run: RunDirectory, step: int) -> None:
     """Delete the policies that were kept after `step` and later: PPO went back to what that step began with."""
-    for folder in (run / "policy_snapshots").glob("step_*"):
-        if int(folder.name.removeprefix("step_")) >= step:
+    for kept_after, folder in step_folders(run / "policy_snapshots"):
+        if kept_after >= step:
             shutil.rmtree(folder)
 
 

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from lora_rlhf.checkpoint_folders import MANIFEST, check_space, checkpoints, damage, newest_checkpoint, write_checkpoint
+from lora_rlhf.checkpoint_folders import (
+    MANIFEST,
+    check_space,
+    damage,
+    newest_checkpoint,
+    step_folders,
+    write_checkpoint,
+)
 from lora_rlhf.errors import UserError
 
 CONTENT = {"a.bin": b"a" * 5000, "b.json": b"{}", "deep/c.bin": bytes(range(256)) * 40}
@@ -25,7 +32,7 @@ def write(folder: Path) -> None:
 
 
 def steps(parent: Path) -> list[int]:
-    return sorted(step for step, _ in checkpoints(parent))
+    return sorted(step for step, _ in step_folders(parent))
 
 
 def whole(parent: Path) -> tuple[int | None, list[str]]:

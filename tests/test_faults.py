@@ -15,7 +15,7 @@ from recipe_runs import TINY, assert_one_line_of_error, in_stage, outcome
 from safetensors.torch import load_file
 
 from lora_rlhf.base.shared import SharedBase
-from lora_rlhf.checkpoint_folders import checkpoints
+from lora_rlhf.checkpoint_folders import step_folders
 from lora_rlhf.evaluation.preference import last_step
 from lora_rlhf.ppo.trainer import PpoTrainer
 
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         with pytest.raises(RuntimeError):
             ppo(recipe, trained)
     parent = trained / "checkpoints" / "ppo"
-    assert sorted(step for step, _ in checkpoints(parent)) == [2, 3]
+    assert sorted(step for step, _ in step_folders(parent)) == [2, 3]
     file = parent / "step_000003" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     if kind == "missing":
@@ -344,7 +344,7 @@ def test_a_checkpoint_whose_json_was_swapped_for_a_pickle_runs_nothing(
             failing_at(patch, 3, RuntimeError("stop"))
             with pytest.raises(RuntimeError):
                 ppo(recipe, trained)
-        for _, folder in checkpoints(trained / "checkpoints" / "ppo"):
+        for _, folder in step_folders(trained / "checkpoints" / "ppo"):
             (folder / name).write_bytes(pickle.dumps(Evil()))
             write_manifest(folder)
         assert_one_line_of_error(*ppo(recipe, trained), f"{name}", "cannot be read", "delete")

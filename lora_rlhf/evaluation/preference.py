@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lora_rlhf.checkpoint_folders import step_folders
 from lora_rlhf.data.preferences import PreferencePair
 from lora_rlhf.evaluation.answers import GivenAnswers, kl_to_base
 from lora_rlhf.evaluation.context import Evaluation, SuiteResult, SuiteSkipped
@@ -128,7 +128,7 @@ def snapshot_arms(evaluation: Evaluation) -> Iterator[tuple[int, LoadedArm]]:
     """Yield (step, arm) of the policies that the run kept on the way, each played until the next one is asked for."""
     assert evaluation.run is not None
     base = evaluation.base_arm
-    for step, folder in snapshot_folders(evaluation.run):
+    for step, folder in sorted(step_folders(evaluation.run / "policy_snapshots")):
         if SNAPSHOT in base.base.configs:
             base.base.replace_adapter(SNAPSHOT, folder)
         else:
@@ -141,9 +141,3 @@ def last_step(run: Path) -> int:
     """Return the PPO step that left the run's policy: the last one, or the one before that which PPO went back to."""
     last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return int(last["back_to_step"]) - 1 if "back_to_step" in last else int(last["step"])
-
-
-def snapshot_folders(run: Path) -> list[tuple[int, Path]]:
-    """Return (step, folder) of the policies that were kept on the way, by step."""
-    found = ((re.fullmatch(r"step_(\d+)", f.name), f) for f in (run / "policy_snapshots").glob("step_*"))
-    return sorted((int(match[1]), folder) for match, folder in found if match)
