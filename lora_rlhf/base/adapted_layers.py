@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.known_shapes import shape_config
-from lora_rlhf.base.layer_names import cannot_adapt, check_no_experts
+from lora_rlhf.base.layer_names import cannot_adapt, check_no_experts, linear_names
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 
@@ -72,20 +72,12 @@ def check_adapted_layers(model: nn.Module, causal_lm: Any, where: str) -> None:
                 wrong[last] = "the LM head" if base is head else type(base).__name__
     if wrong:
         which = ", ".join(f"{name} ({kind})" for name, kind in wrong.items())
-        raise UserError(
-            f"{where}: only linear layers (nn.Linear) of the transformer can be adapted here, not {which}. "
-            f"{_advice(model, head)}"
+        linear = ", ".join(linear_names(model))
+        advice = (
+            f"The linear layers of this model are {linear}"
+            if linear
+            else "This model has no linear layers: choose another base"
         )
-
-
-def _advice(model: nn.Module, head: nn.Module) -> str:
-    """Return which names of layers would do."""
-    names: dict[str, None] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and layer is not head and ".lora_" not in name:
-            names[name.removesuffix(".base_layer").rpartition(".")[2]] = None
-    return (
-        f"The linear layers of this model are {', '.join(names)}"
-        if names
-        else "This model has no linear layers: choose another base"
-    )
+        raise UserError(
+            f"{where}: only linear layers (nn.Linear) of the transformer can be adapted here, not {which}. {advice}"
+        )
