@@ -40,7 +40,7 @@ from lora_rlhf.ppo_steps import checkpoint_to_resume, taken_steps, without_skipp
 from lora_rlhf.processes import Processes
 from lora_rlhf.reward.own_reward import trains_own_reward
 from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward, source_entries
-from lora_rlhf.reward.training import reward_accuracy, train_reward_adapter
+from lora_rlhf.reward.training import accuracy_in_words, reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, progress, samples_table
 from lora_rlhf.tracking import check_tracker
@@ -208,11 +208,10 @@ def reward_stage(session: Session) -> None:
         session.free_base()  # TRL's model is in cycles: it goes when garbage is collected
         base = session.shared_base()
         base.load_adapter(REWARD, run / "reward_adapter")
-        results["reward_model"] = reward_accuracy(
-            base, session.tokenizer, test, config.ppo.scoring_batch_size, session.processes
-        )
+        results["reward_model"] = reward_accuracy(config, base, session.tokenizer, test, session.processes)
         session.free_base()
-    note(f"  accuracy on {results['reward_model']['n']} held-out pairs: {results['reward_model']['accuracy']:.3f}")
+    for line in accuracy_in_words(results["reward_model"]):
+        note(f"  {line}")
 
 
 def _reported(run: RunDirectory, stage: str, name: str) -> Any:

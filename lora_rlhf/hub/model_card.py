@@ -221,6 +221,9 @@ def _results(facts: CardFacts) -> Iterable[str]:
     accuracy = f"{held['accuracy']:.1%} of {held['n']} held-out pairs" if _finite(held.get("accuracy")) else None
     if facts.kind == "reward":
         yield f"It ranks {accuracy} rightly." if accuracy else "Its accuracy was not measured."
+        if against := held.get("against_spoilt"):
+            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in against.items())
+            yield f"Chosen answers that it scores above a spoilt one, by the kind of spoilt answer: {shares}."
         return
     arms = facts.summary.get("arms", {})
     if arms:

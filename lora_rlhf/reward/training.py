@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,8 +18,13 @@ from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair
 from lora_rlhf.processes import Processes
-from lora_rlhf.reward.contrast import contrast_pairs
+from lora_rlhf.reward.contrast import contrast_pairs, spoilt_pairs
 from lora_rlhf.trl_trainer import checkpoints_beside, on_own_device, trainer_arguments, trl_run
+
+SPOILT_PAIRS = 200
+"""Pairs of a chosen and a spoilt answer that tell what a reward model falls for: 50 of each kind."""
+SAFE_SHARE = 0.8
+"""Of the chosen answers of a kind; where fewer score above spoilt ones, it is said."""
 
 
 def train_reward_adapter(
@@ -88,16 +94,50 @@ def pair_scores(
 
 
 def reward_accuracy(
-    base: SharedBase, tokenizer: Any, pairs: Sequence[PreferencePair], batch: int, processes: Processes
+    config: RunConfig, base: SharedBase, tokenizer: Any, pairs: Sequence[PreferencePair], processes: Processes
 ) -> dict[str, Any]:
-    """Return the share of pairs whose chosen answer the reward role scores higher, and their number.
+    """Return how often the reward role scores the better of two answers higher.
 
     Each of the processes, which are connected, scores its own pairs.
+
+    Args:
+        config: of the run.
+        base: with the reward role.
+        tokenizer: of the base.
+        pairs: held out, at least one.
+        processes: that share the work.
+
+    Returns:
+        `accuracy`, the share of the `n` pairs whose chosen answer scores higher than the rejected one; and
+        `against_spoilt`, for each kind of `spoilt_pairs` that are made of them, the share of chosen answers that score
+        higher than a spoilt one. What a reward model takes for as good as a chosen answer, PPO finds.
     """
-    own = pairs[processes.rows(len(pairs))]
-    chosen, rejected = pair_scores(base, REWARD, tokenizer, own, batch)
-    right = processes.whole({"right": chosen > rejected}, len(pairs))["right"]
-    return {"accuracy": right.float().mean().item(), "n": len(pairs)}
+    batch, sides = config.ppo.scoring_batch_size, _both_ids(tokenizer)
+
+    def right(pairs: Sequence[PreferencePair]) -> list[bool]:
+        chosen, rejected = pair_scores(base, REWARD, tokenizer, pairs[processes.rows(len(pairs))], batch)
+        return processes.whole({"right": chosen > rejected}, len(pairs))["right"].tolist()
+
+    spoilt: dict[str, list[PreferencePair]] = {}
+    for kind, pair in spoilt_pairs(pairs, SPOILT_PAIRS, config.seed):
+        if max(map(len, sides(pair).values())) <= config.max_length:  # as in training
+            spoilt.setdefault(kind, []).append(pair)
+    against_spoilt = {kind: fmean(right(made)) for kind, made in spoilt.items()}
+    return {"accuracy": fmean(right(pairs)), "n": len(pairs), "against_spoilt": against_spoilt}
+
+
+def accuracy_in_words(measured: dict[str, Any]) -> list[str]:
+    """Return the lines that say what `reward_accuracy` measured, and what to do where it is bad."""
+    lines = [f"accuracy on {measured['n']} held-out pairs: {measured['accuracy']:.3f}"]
+    against = measured["against_spoilt"]
+    if against:
+        lines.append("chosen answers above spoilt ones: " + ", ".join(f"{k} {v:.0%}" for k, v in against.items()))
+    if fallen := [kind for kind, share in against.items() if share < SAFE_SHARE]:
+        lines.append(
+            f"what it cannot tell from a chosen answer ({', '.join(fallen)}), PPO may fall into: a larger "
+            "reward.contrast_share teaches it"
+        )
+    return lines
 
 
 def _both_ids(tokenizer: Any) -> Any:

@@ -119,6 +119,13 @@ def test_the_figures_of_the_front_matter_are_the_runs(tmp_path: Path, kind: Kind
     assert results[-1].metric_name.endswith("interval [+0.5, +2] (n = 37): holds")
 
 
+def test_the_card_of_a_reward_says_what_it_falls_for() -> None:
+    held = {"accuracy": 0.75, "n": 64, "against_spoilt": {"stub": 0.98, "word salad": 0.5}}
+    card = model_card(facts("reward", summary=SUMMARY | {"reward_model": held}))
+    assert "above a spoilt one, by the kind of spoilt answer: stub 98%, word salad 50%." in card
+    assert "spoilt" not in model_card(facts("reward"))
+
+
 def test_figures_that_are_not_numbers_are_left_out() -> None:
     arms = {name: arm | {"kl_to_base": None} for name, arm in SUMMARY["arms"].items()}
     unclear = replace(CLAIM, low=None, high=None, verdict="cannot tell")
