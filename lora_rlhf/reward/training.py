@@ -134,8 +134,8 @@ def accuracy_in_words(measured: dict[str, Any]) -> list[str]:
         lines.append("chosen answers above spoilt ones: " + ", ".join(f"{k} {v:.0%}" for k, v in against.items()))
     if fallen := [kind for kind, share in against.items() if share < SAFE_SHARE]:
         lines.append(
-            f"what it cannot tell from a chosen answer ({', '.join(fallen)}), PPO may fall into: a larger "
-            "reward.contrast_share teaches it"
+            f"what it cannot tell from a chosen answer ({', '.join(fallen)}), PPO may fall into; "
+            "reward.contrast_share adds such pairs"
         )
     return lines
 
