@@ -12,6 +12,7 @@ import torch
 from lora_rlhf.errors import UserError
 
 ADAM_EPSILON = 1e-5
+"""As in PPO's first implementation, and for language models in Huang et al. 2024; Adam's own default is 1e-8."""
 
 
 def adam(groups: list[dict[str, Any]], optim: str) -> torch.optim.Optimizer:
