@@ -71,13 +71,13 @@ def arguments() -> argparse.Namespace:
 def changed(config: RunConfig, name: str, steps: int | None) -> RunConfig:
     """Return the config of a run with one changed setting, and another number of PPO steps where one is given."""
     ppo = replace(config.ppo, total_steps=steps or config.ppo.total_steps)
-    return with_checkpointing_decided(replace(config, ppo=replace(ppo, **CHANGES[name](ppo))))
+    return replace(config, ppo=replace(ppo, **CHANGES[name](ppo)))
 
 
 def trained(run: Path, name: str, steps: int | None) -> dict[str, Any]:
     """Return the figures of PPO with one changed setting on the reward adapter of `run`."""
     own = config_from_file(run / "config.yaml")
-    config = changed(own, name, steps)
+    config = with_checkpointing_decided(changed(own, name, steps))
     tokenizer = load_tokenizer(config)
     train, _ = preference_pairs(config, tokenizer, "train")
     held_out, _ = preference_pairs(config, tokenizer, "test")

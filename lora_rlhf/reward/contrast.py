@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle, islice
 
 from lora_rlhf.data.preferences import PreferencePair
 
@@ -34,10 +35,9 @@ def spoilt_pairs(pairs: Sequence[PreferencePair], count: int, seed: int) -> list
         "answer to another prompt": lambda pair: chance.choice(pairs).chosen,
     }
     made = []
-    for i in range(count):
+    for kind, spoil in islice(cycle(kinds.items()), count):
         pair = chance.choice(pairs)
-        kind = list(kinds)[i % len(kinds)]
-        spoilt = kinds[kind](pair)
+        spoilt = spoil(pair)
         if spoilt != pair.chosen:
             made.append((kind, replace(pair, rejected=spoilt)))
     return made
