@@ -126,7 +126,9 @@ def check_kept(file: Path, run: Path, name: str, steps: int | None) -> None:
     """Raise `UserError` where the result in `file` is of another number of steps than is asked for."""
     made, asked = kept(file).get("steps"), changed(config_from_file(run / "config.yaml"), name, steps).ppo.total_steps
     if made != asked:
-        raise UserError(f"{file} is of {made} steps and not of {asked}: choose another --out, or --steps {made}")
+        raise UserError(
+            f"{file} is of {made} steps and not of {asked}: choose another --out, or the --steps that it was made with"
+        )
 
 
 def results_in(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:

@@ -58,7 +58,7 @@ def test_a_result_of_another_length_is_not_taken_for_this_one(tmp_path: Path) ->
     file = tmp_path / "result.json"
     file.write_text(json.dumps({"steps": 24}))
     check_kept(file, run, UNCHANGED, None)
-    with pytest.raises(UserError, match="is of 24 steps and not of 12: choose another --out, or --steps 24"):
+    with pytest.raises(UserError, match="is of 24 steps and not of 12: choose another --out, or the --steps"):
         check_kept(file, run, UNCHANGED, 12)
     file.write_text("{")
     with pytest.raises(UserError, match="is no file of results: .* Delete it"):
