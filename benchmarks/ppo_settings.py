@@ -46,7 +46,6 @@ CHANGES: dict[str, Callable[[PpoSettings], dict[str, Any]]] = {
     UNCHANGED: lambda s: {},
     EPSILON: lambda s: {},  # no setting: 1e-8 in place of `optimization.ADAM_EPSILON`
     "head": lambda s: {"value_model": "head"},
-    "detached_head": lambda s: {"value_model": "detached_head"},
     "half_rate": lambda s: {"learning_rate": s.learning_rate / 2},
     "double_rate": lambda s: {"learning_rate": s.learning_rate * 2},
     "warmup": lambda s: {"warmup_ratio": 0.03},

@@ -171,11 +171,10 @@ class PpoSettings:
         "Truncated importance sampling: a token's policy loss is weighed by how much likelier the trainer finds it "
         "than the sampler did, at most by this much; none: not weighed.",
     )
-    value_model: Literal["adapter", "head", "detached_head"] = setting(
+    value_model: Literal["adapter", "head"] = setting(
         "adapter",
         "Values come from an adapter of their own, or from a head on the policy's states, which is faster and smaller. "
-        "With head the policy's adapter learns from the value loss too, vf_coef times; with detached_head it does not, "
-        "and the head alone learns values.",
+        "With head the policy's adapter learns from the value loss too, vf_coef times.",
     )
     mixed_adapter_scoring: bool = setting(
         False, "Score policy, reference, reward and value in one mixed-adapter pass instead of one pass each."

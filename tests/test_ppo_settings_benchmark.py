@@ -83,12 +83,12 @@ def test_runs_are_finished_and_have_names_of_their_own(tmp_path: Path) -> None:
 def test_a_result_is_made_once(run_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/ppo_settings.py", str(run_folder), "--out", str(tmp_path), "--steps", "1"]
     printed = []
-    for names in (["unchanged"], ["unchanged", "detached_head"]):
+    for names in (["unchanged"], ["unchanged", "head"]):
         done = subprocess.run([*command, "--settings", *names], capture_output=True, text=True, cwd=ROOT, check=True)
         printed.append(json.loads(done.stdout.splitlines()[-1]))
     name = run_folder.name
     assert printed[1]["unchanged"] == printed[0]["unchanged"]
-    assert printed[1].keys() == {"unchanged", "detached_head"}
-    figures = printed[1]["detached_head"][name]
+    assert printed[1].keys() == {"unchanged", "head"}
+    figures = printed[1]["head"][name]
     kl_coef = config_from_file(run_folder / "config.yaml").ppo.kl_coef
     assert figures["objective"] == pytest.approx(figures["reward"] - kl_coef * figures["kl"])

@@ -100,8 +100,8 @@ def add_gradients(
                 (loss_scale * learned).backward()
             del hidden, logprobs, loss, learned
             hidden, learned = base.hidden(VALUE, ids, mask, common), 0.0
-        elif warming or s.value_model == "detached_head":
-            hidden = hidden.detach()  # no value gradient reaches the policy's adapter
+        elif warming:
+            hidden = hidden.detach()  # the head learns alone
         values = state_values(base, hidden, action, value_offset)
         loss, clipped = value_loss(values, scored.values[micro], returns[micro], state_mask, s.cliprange_value)  # 13.
         (loss_scale * (learned + s.vf_coef * loss * state_share)).backward()

@@ -25,7 +25,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "adaptive KL": {"adaptive_kl": True, "kl_horizon": 20},
     "value head": {"value_model": "head"},
-    "detached value head": {"value_model": "detached_head"},
     "minibatches, warm-up": {"num_ppo_epochs": 2, "num_mini_batches": 2, "warmup_ratio": 0.5, "value_warmup_steps": 1},
     "16-bit copy": {"expand_weights": True},
 }

@@ -58,8 +58,6 @@ class SlowPpo:
 
     def values(self, prompt, answer):
         states, _ = self.states(self.value_role, prompt + answer)
-        if self.s.value_model == "detached_head":
-            states = states.detach()
         shift = self.scale.mean / self.scale.std if self.value_role == "value" else 0.0
         return (
             torch.stack([states[len(prompt) - 1 + t] @ self.heads["value"][0] for t in range(len(answer) + 1)]) - shift
@@ -154,8 +152,6 @@ FAST_PATHS = {
     "small batches": {"rollout_batch_size": 2, "scoring_batch_size": 4, "micro_batch_size": 1},
     "value head": {"value_model": "head"},
     "value head, checkpointing": {"value_model": "head", "gradient_checkpointing": True, "expand_weights": False},
-    "detached value head": {"value_model": "detached_head"},
-    "detached value head, checkpointing": {"value_model": "detached_head", "gradient_checkpointing": True},
 }
 
 

@@ -245,7 +245,7 @@ def gradient_norms(trainer: PpoTrainer) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("value_model", ["adapter", "head", "detached_head"])
+@pytest.mark.parametrize("value_model", ["adapter", "head"])
 def test_the_gradients_of_policy_and_value_are_clipped_each_to_the_norm(
     make_trainer: MakeTrainer, value_model: str
 ) -> None:

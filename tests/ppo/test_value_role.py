@@ -35,12 +35,8 @@ def test_the_value_role_starts_as_the_reward_role_with_its_head_at_the_normalise
     assert trainer.normalization()["value_offset"] == trainer.value_offset != 0.0
 
 
-HEADS = pytest.mark.parametrize("value_model", ["head", "detached_head"])
-
-
-@HEADS
-def test_a_value_head_reads_the_policys_states_and_starts_at_0(make_trainer: MakeTrainer, value_model: str) -> None:
-    trainer = make_trainer(value_model=value_model)
+def test_a_value_head_reads_the_policys_states_and_starts_at_0(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(value_model="head")
     assert VALUE not in trainer.base.configs and len(trainer.parameters[VALUE]) == 1
     rollout, scored = rolled_and_scored(trainer)
     assert (scored.values == 0).all()
@@ -55,27 +51,27 @@ def test_a_value_head_reads_the_policys_states_and_starts_at_0(make_trainer: Mak
         torch.testing.assert_close(scored.values[i, : end + 1], expected.detach(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("value_model", "learns_values"), [("head", True), ("detached_head", False)])
-def test_the_policys_adapter_learns_values_from_a_head_unless_it_is_detached(
-    make_trainer: MakeTrainer, value_model: str, learns_values: bool
+@pytest.mark.parametrize("warming", [False, True])
+def test_the_policys_adapter_learns_values_from_a_head_unless_it_warms_up(
+    make_trainer: MakeTrainer, warming: bool
 ) -> None:
     """With no advantage there is nothing else to learn."""
-    trainer = make_trainer(value_model=value_model)
+    trainer = make_trainer(value_model="head")
     with torch.no_grad():
         trainer.base.heads[VALUE].weight.fill_(0.1)  # type: ignore[operator]
     rollout, scored = rolled_and_scored(trainer, 4)
     nothing = torch.zeros_like(scored.logprobs)
     with trainer.base.training():
-        trainer._accumulate(rollout, scored, nothing, scored.values + 1, torch.arange(4), False, 4)
-    gradients = {role: sum(p.grad.abs().sum() for p in trainer.parameters[role]) for role in (POLICY, VALUE)}  # type: ignore[union-attr]
-    assert (gradients[POLICY] > 0) == learns_values and gradients[VALUE] > 0
+        trainer._accumulate(rollout, scored, nothing, scored.values + 1, torch.arange(4), warming, 4)
+    gradients = {role: [p.grad for p in trainer.parameters[role] if p.grad is not None] for role in (POLICY, VALUE)}
+    assert any(g.any() for g in gradients[POLICY]) != warming
+    assert gradients[VALUE][0].any()
 
 
-@HEADS
 def test_a_value_head_warms_up_without_the_policy_and_is_saved_with_its_adapter(
-    make_trainer: MakeTrainer, tmp_path: Path, value_model: str
+    make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(value_model=value_model, value_warmup_steps=1)
+    trainer = make_trainer(value_model="head", value_warmup_steps=1)
     for step in range(2):
         policy, value = weights(trainer, POLICY), weights(trainer, VALUE)
         trainer.step()
@@ -104,7 +100,7 @@ def test_value_warm_up_moves_the_value_alone_and_then_ends(make_trainer: MakeTra
 
 
 def test_a_policy_that_waits_for_the_value_has_a_gradient_of_0(make_trainer: MakeTrainer) -> None:
-    for value_model in ("adapter", "head", "detached_head"):
+    for value_model in ("adapter", "head"):
         trainer = make_trainer(value_warmup_steps=1, value_model=value_model)
         first, second = trainer.step(), trainer.step()
         assert first["grad_norm"] == 0 < min(first["value_grad_norm"], second["grad_norm"])
