@@ -120,9 +120,9 @@ class Session:
     def check_run(self) -> None:
         """Refuse, once, a model that cannot be shared, and a run that this machine has no memory for."""
         if not self._checked:
-            known = check_architecture_of(self.config)
+            check_architecture_of(self.config)
             check_memory(self.config)
-            if not known:
+            if not self._base_checked:
                 self.shared_base()  # which checks itself
             self._checked = True
 

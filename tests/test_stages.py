@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_rlhf import stages
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data import preferences
 from lora_rlhf.errors import UserError
@@ -34,6 +35,20 @@ def test_each_split_of_a_data_set_is_read_once(
     base_stage(session)
     reward_stage(session)
     assert len(read) == len({str(args) for args in read}) == 2  # train and test
+
+
+def test_a_base_that_is_loaded_wrong_is_refused_before_the_reward_is_trained(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise UserError("its 4-bit products are wrong")
+
+    done: list[Any] = []
+    monkeypatch.setattr(stages, "loaded_base", refuses)
+    monkeypatch.setattr(stages, "train_reward_adapter", lambda *_: done.append("trained"))
+    with pytest.raises(UserError, match="4-bit products"):
+        reward_stage(Session.open(make_config()))
+    assert not done
 
 
 def test_data_that_changed_since_the_run_began_are_refused(

@@ -87,10 +87,10 @@ def check_architecture(hf_config: Any, settings: LoraSettings, mixed: bool = Tru
     return True
 
 
-def check_architecture_of(config: RunConfig) -> bool:
+def check_architecture_of(config: RunConfig) -> None:
     """Check the architecture of a run's base, as `check_architecture` does, for what the run does with it."""
     own_reward = trains_own_reward(config.ppo.reward_sources)
-    return check_architecture(model_config(config), config.lora, config.ppo.mixed_adapter_scoring, own_reward)
+    check_architecture(model_config(config), config.lora, config.ppo.mixed_adapter_scoring, own_reward)
 
 
 class NoTwin(Exception):
