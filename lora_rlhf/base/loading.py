@@ -179,7 +179,7 @@ def load_reward_model(config: RunConfig, pad_token_id: int) -> Any:
             source, revision=config.model_revision, **loading_arguments(config, found)
         )
     model.config.pad_token_id = pad_token_id
-    torch.nn.init.normal_(model.score.weight, std=1 / (model.config.hidden_size + 1) ** 0.5)
+    torch.nn.init.normal_(model.score.weight, std=1 / (model.score.weight.shape[1] + 1) ** 0.5)
     return _checked(model, config, source)
 
 
@@ -284,7 +284,8 @@ def _checked(model: Any, config: RunConfig, source: str) -> Any:
     packed = [m for m in layers if m.weight.dtype == torch.uint8 and m.weight.quant_state is not None]
     if not layers or whole or len(packed) != len(layers):
         raise UserError(
-            f"load_in_4bit: {source} was not loaded in 4 bits ({len(packed)} of {len(layers) + len(whole)} layers)"
+            f"load_in_4bit: {source} was not loaded in 4 bits ({len(packed)} of {len(layers) + len(whole)} layers): "
+            "only torch's own linear layers are packed. Set load_in_4bit: false, or choose another model"
         )
     for layer in layers:
         # On the CPU, bitsandbytes repacks a weight at its first forward without gradient, for a kernel that has no

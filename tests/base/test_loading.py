@@ -338,7 +338,7 @@ def test_a_model_that_did_not_come_in_four_bits_is_refused(
 ) -> None:
     whole, complete = load_causal_lm(make_config(load_in_4bit=False)), {"missing_keys": [], "mismatched_keys": []}
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (whole, complete))
-    with pytest.raises(UserError, match=r"was not loaded in 4 bits \(0 of 14 layers\)"):
+    with pytest.raises(UserError, match=r"was not loaded in 4 bits \(0 of 14 layers\).*load_in_4bit: false"):
         load_causal_lm(make_config())
 
 
