@@ -45,7 +45,8 @@ class SharedBase:
         self.causal_lm = causal_lm
         self.trunk = getattr(causal_lm, causal_lm.base_model_prefix)
         self.lm_head = LmHead.of(causal_lm)
-        self.hidden_size: int = causal_lm.config.hidden_size
+        # what heads read, which in OPT can be narrower than the layers
+        self.hidden_size: int = causal_lm.get_output_embeddings().weight.shape[1]
         self.compute_dtype = compute_dtype
         self.device: torch.device = self.lm_head.weight.device
         for parameter in causal_lm.parameters():
@@ -118,7 +119,7 @@ class SharedBase:
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """Return the adapter's float32 parameters, in a fixed order, then the head's."""
-        own = [p for n, p in self.model.named_parameters() if f".{role}." in n and "lora_" in n]
+        own = [p for n, p in self.model.named_parameters() if re.search(rf"\.lora_[AB]\.{re.escape(role)}\.", n)]
         return own + (list(self.heads[role].parameters()) if role in self.heads else [])
 
     def _fill(self, role: str, folder: Path, weights: dict[str, torch.Tensor]) -> None:

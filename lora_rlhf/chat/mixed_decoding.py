@@ -118,7 +118,7 @@ class MixedDecoding:
         if kept:
             self._playing = MixedRoles([self.roles[row] for row in self.live], self._adapters)
             keep = torch.tensor(kept, device=self._ids.device)
-            self._cache.batch_select_indices(keep)
+            self._cache.reorder_cache(keep)
             self._ids, self._mask, self._positions = self._ids[keep], self._mask[keep], self._positions[keep]
 
     def _chosen(self, logits: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ class TrunkDecoder:
             ):  # copying the cache has a price: wait until a quarter has ended
                 live_rows = [live_rows[place] for place in unfinished]
                 keep = torch.tensor(unfinished).to(self.device)
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)  # which all kinds of layers have, unlike batch_select_indices
                 ids, mask, positions, live = ids[keep], mask[keep], positions[keep], live[keep]
         return response, logprobs
 

@@ -133,7 +133,8 @@ def shared_differences(
     with base.training(), torch.enable_grad():
         yield difference(TRAIN, shared_logprobs(base, POLICY, rows), right[POLICY])
     with base.role(POLICY):
-        decoded = _sampled(base, rows)
+        tokens, _ = _sampled(base, rows)
+        decoded = _sampled(base, rows, end=_said_first_by_one(tokens))  # one answer ends, and its row leaves the batch
     yield _compared(DECODED, decoded, [POLICY] * len(rows), rows, expected)
     if not mixed:
         return
@@ -148,13 +149,24 @@ def shared_differences(
 
 
 @torch.no_grad()
-def _sampled(base: SharedBase, rows: Rows) -> tuple[Rows, list[torch.Tensor]]:
-    """Return tokens that whoever is played says after each row, and their log-probs, by the rollout's own decoder."""
+def _sampled(base: SharedBase, rows: Rows, end: int = NO_END.eos_token_id) -> tuple[Rows, list[torch.Tensor]]:
+    """Return tokens that whoever is played says after each row, and their log-probs, by the rollout's own decoder.
+
+    An answer ends with the token `end`, if that is said.
+    """
+    tokenizer = SimpleNamespace(**{**vars(NO_END), "eos_token_id": end})
     ids, mask = left_padded(rows, NO_END.pad_token_id, base.device)
     uniform = torch.rand((NEW, len(rows)), generator=torch.Generator().manual_seed(1)).to(base.device)
     with base.autocast():
-        tokens, logprobs = decoder_of(base.causal_lm)(ids, mask, uniform, Sampling(NEW, 1.0), NO_END)
-    return tokens.tolist(), list(logprobs)
+        tokens, logprobs = decoder_of(base.causal_lm)(ids, mask, uniform, Sampling(NEW, 1.0), tokenizer)
+    answers = [row[: row.index(end) + 1] if end in row else row for row in tokens.tolist()]
+    return answers, [row[: len(answer)] for row, answer in zip(logprobs, answers, strict=True)]
+
+
+def _said_first_by_one(answers: Rows) -> int:
+    """Return a token with which one answer alone begins, or that of `NO_END` where there is none."""
+    first = [answer[0] for answer in answers]
+    return next((token for token in first if first.count(token) == 1), NO_END.eos_token_id)
 
 
 def _compared(
@@ -165,7 +177,7 @@ def _compared(
     for role in dict.fromkeys(roles):
         places = [place for place, own in enumerate(roles) if own == role]
         whole = expected(role, [rows[place] + tokens[place] for place in places])
-        right |= {place: row[-NEW:] for place, row in zip(places, whole, strict=True)}
+        right |= {place: row[-len(tokens[place]) :] for place, row in zip(places, whole, strict=True)}
     return difference(reading, logprobs, [right[place] for place in range(len(rows))])
 
 

@@ -29,12 +29,12 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep these rows."""
         end = self.get_seq_length()
         for i, buffer in enumerate(self.buffers if end else ()):
-            self.buffers[i] = buffer.new_empty((len(indices), *buffer.shape[1:]))
-            self.buffers[i][:, :, :end] = buffer[indices, :, :end]
+            self.buffers[i] = buffer.new_empty((len(beam_idx), *buffer.shape[1:]))
+            self.buffers[i][:, :, :end] = buffer[beam_idx, :, :end]
         if end:
             self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 

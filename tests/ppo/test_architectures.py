@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import architectures
 
 PAGE = ROOT / "docs" / "models.md"
-QUICK = ("llama", "opt", "qwen3_moe", "qwen2_5_vl", "gpt2")
+QUICK = ("llama", "opt", "qwen3_moe", "qwen2_5_vl", "gpt2", "lfm2")
 
 
 def _found(names: tuple[str, ...]) -> dict[str, str]:

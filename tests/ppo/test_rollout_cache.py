@@ -22,7 +22,7 @@ def test_updates_and_dropped_rows_leave_the_same_keys_and_values() -> None:
                 assert torch.equal(one, other)
         if keep is not None:
             for cache in (ours, theirs):
-                cache.batch_select_indices(torch.tensor(keep))
+                cache.reorder_cache(torch.tensor(keep))
             rows = len(keep)
         assert ours.get_seq_length() == theirs.get_seq_length()
 
