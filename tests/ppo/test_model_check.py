@@ -14,7 +14,7 @@ from lora_rlhf.base import lean_layers, loading, role_layers, shared
 from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.loading import load_causal_lm
-from lora_rlhf.base.shared import POLICY, REFERENCE, VALUE, SharedBase
+from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
 from lora_rlhf.base.small_twin import small_twin
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.errors import UserError
@@ -96,34 +96,6 @@ def test_a_model_needs_no_classifier_where_the_reward_is_another_one() -> None:
 
 def test_nothing_is_known_of_an_architecture_whose_sizes_are_unknown() -> None:
     assert not check_architecture(AutoConfig.for_model("blt"), SMALL)
-
-
-def test_a_twin_has_the_kinds_of_layers_of_its_model_and_leaves_the_random_state() -> None:
-    found = AutoConfig.for_model("gemma3_text")
-    before = torch.random.get_rng_state()
-    twins = [small_twin(found, AutoModelForCausalLM) for _ in range(2)]
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert set(twins[0].config.layer_types) == set(found.layer_types) and twins[0].num_parameters() < 10**6
-    states = [twin.state_dict() for twin in twins]
-    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-
-
-def test_embeddings_narrower_than_the_layers_are_what_the_heads_read() -> None:
-    """As OPT-350m's are: its reward and value heads read 512 numbers, and its layers have 1024."""
-    found = AutoConfig.for_model("opt", hidden_size=1024, word_embed_proj_dim=512)
-    twin = small_twin(found, AutoModelForCausalLM)
-    assert twin.config.word_embed_proj_dim == twin.config.hidden_size // 2
-    base = SharedBase(twin, lora_config(SMALL), torch.float32)
-    assert base.hidden_size == twin.lm_head.in_features == twin.config.word_embed_proj_dim
-    assert check_architecture(found, SMALL)
-
-
-def test_a_layer_of_a_roles_name_is_no_parameter_of_that_role() -> None:
-    twin = small_twin(AutoConfig.for_model("bert-generation", is_decoder=True), AutoModelForCausalLM)
-    base = SharedBase(twin, lora_config(LoraSettings(r=4, target_modules=["query", "value"])), torch.float32)
-    base.new_adapter(VALUE, base.configs[POLICY], trainable=True)
-    both = [{id(parameter) for parameter in base.parameters(role)} for role in (POLICY, VALUE)]
-    assert both[0] and both[1] and not both[0] & both[1]
 
 
 @pytest.mark.parametrize(
