@@ -46,7 +46,7 @@ class SharedBase:
         self.trunk = getattr(causal_lm, causal_lm.base_model_prefix)
         self.lm_head = LmHead.of(causal_lm)
         # what heads read, which in OPT can be narrower than the layers
-        self.hidden_size: int = causal_lm.get_output_embeddings().weight.shape[1]
+        self.hidden_size: int = self.lm_head.weight.shape[1]
         self.compute_dtype = compute_dtype
         self.device: torch.device = self.lm_head.weight.device
         for parameter in causal_lm.parameters():

@@ -134,8 +134,9 @@ def _shrunk(fields: Mapping[str, Any], depth: int, partial: float | None = None)
             small[name] = value
     if "time_step_rank" in fields and "num_heads" in fields:  # Mamba-2 calls the heads of its state-space layers so
         small["num_heads"] = 2 * HEADS
-    if fields.get("word_embed_proj_dim") != fields.get("hidden_size"):  # OPT-350m's embeddings are narrower
-        small |= {"word_embed_proj_dim": small["hidden_size"] // 2} if "word_embed_proj_dim" in fields else {}
+    width = fields.get("hidden_size")
+    if fields.get("word_embed_proj_dim", width) != width:  # OPT-350m's embeddings are narrower than its layers
+        small["word_embed_proj_dim"] = small["hidden_size"] // 2
     if "qk_rope_head_dim" in fields:
         small["head_dim"] = small["qk_rope_head_dim"]
     return small
