@@ -250,9 +250,9 @@ def ppo_stage(session: Session) -> None:
             note(f"  done before: {_reported(run, 'ppo', 'steps')} steps")
         return
     with session.processes.connected(), session.stage("ppo") as results:
+        session.free_base()  # before the check, which may load a base that has no adapters yet
         session.check_run()
         train = session.pairs("train")
-        session.free_base()
         base = session.shared_base()
         reset_peak_memory(base.device)
         reward = CombinedReward(reward_sources(config, base, run / "reward_adapter"))
