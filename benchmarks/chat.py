@@ -23,8 +23,9 @@ from rich.table import Table
 from shapes import Endless, full_length
 
 from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, SharedBase
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.chat.mixed_decoding import ChatSampling, MixedDecoding
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.data.preferences import preference_pairs

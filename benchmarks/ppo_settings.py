@@ -25,8 +25,8 @@ from typing import Any
 
 from rich.table import Table
 
-from lora_rlhf.base.loading import load_tokenizer
 from lora_rlhf.base.shared import POLICY
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import PpoSettings, RunConfig
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.data.preferences import preference_pairs

@@ -29,7 +29,8 @@ from rich.table import Table
 from shapes import floor_seconds, full_length, measured_rates, trainer_of_shape
 
 from lora_rlhf.base.embedded import cache_folder
-from lora_rlhf.base.loading import load_tokenizer, resolved_model
+from lora_rlhf.base.loading import resolved_model
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_mapping, plain_yaml
 from lora_rlhf.data.preferences import preference_pairs

@@ -25,9 +25,10 @@ from rich.table import Table
 from shapes import Endless, full_length
 
 from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.packing import left_padded
 from lora_rlhf.base.shared import POLICY, SharedBase
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.data.preferences import preference_pairs
 from lora_rlhf.ppo.decoding import Sampling

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import REWARD, SharedBase
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import PpoSettings, RunConfig
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs
 from lora_rlhf.ppo.trainer import PpoTrainer

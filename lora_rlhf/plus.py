@@ -11,7 +11,8 @@ from peft import PeftModel
 
 from lora_rlhf.base.adapters import BASE, CONFIG, base_identity, read_adapter
 from lora_rlhf.base.devices import with_fast_dtype
-from lora_rlhf.base.loading import explained, load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import explained, load_causal_lm
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.errors import UserError

@@ -15,10 +15,10 @@ from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.layer_names import base_description
-from lora_rlhf.base.loading import chosen_backend, load_causal_lm, load_tokenizer, model_config
+from lora_rlhf.base.loading import chosen_backend, load_causal_lm, model_config
 from lora_rlhf.base.original_weights import NoOriginalWeights, check_merge_target
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
-from lora_rlhf.base.vocabulary import check_vocabulary
+from lora_rlhf.base.tokenizer import check_vocabulary, load_tokenizer
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, digest_of_pairs, preference_pairs

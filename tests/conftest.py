@@ -25,8 +25,9 @@ from recipe_runs import ROOT, TINY, as_process
 
 from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.embedded import build_tiny_model
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import REWARD, VALUE, SharedBase
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import LoraSettings, PpoSettings, RunConfig
 
 

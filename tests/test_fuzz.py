@@ -18,8 +18,9 @@ from fuzz_inputs import Bench, Hang, bounded, edited
 from hypothesis import HealthCheck, given, settings
 
 from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import REWARD, SharedBase
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import LoraSettings, RunConfig
 
 TARGETS = fuzz_configs.TARGETS | fuzz_data.TARGETS | fuzz_folders.TARGETS

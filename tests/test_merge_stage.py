@@ -38,7 +38,8 @@ def unmerged(run_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def four_bits(cache: Path, tmp_path: Path, make_config: Callable[..., Any]) -> Path:
     """The tiny model as it is published in 4 bits."""
-    from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+    from lora_rlhf.base.loading import load_causal_lm
+    from lora_rlhf.base.tokenizer import load_tokenizer
 
     config = make_config()
     load_causal_lm(config).save_pretrained(tmp_path / "4 bits")
@@ -128,8 +129,9 @@ import torch
 from lora_rlhf import memory_plan, model_shape
 from lora_rlhf.base import shard_files
 from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import POLICY, SharedBase
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.memory_peak import peak_memory_gib, reset_peak_memory, return_freed_memory
 from lora_rlhf.merge import MergedWeights, original_weights, write_merged

@@ -19,8 +19,9 @@ import torch
 from recipe_runs import assert_one_line_of_error
 
 from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.loading import load_causal_lm, load_reward_model, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm, load_reward_model
 from lora_rlhf.base.shared import POLICY, SharedBase
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.chat.votes import kept_votes
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.config_file import config_from_command_line, config_from_file

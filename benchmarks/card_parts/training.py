@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from card_parts.bench import Bench, Figures
 from card_parts.models import mistral_config, random_causal_lm, write_model
 from lora_rlhf.base.adapters import WEIGHTS
-from lora_rlhf.base.loading import load_tokenizer
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_mapping
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs

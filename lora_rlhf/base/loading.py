@@ -28,11 +28,8 @@ from lora_rlhf.base.prequantized import (
 )
 from lora_rlhf.base.text_part import TEXT_WEIGHTS, text_config
 from lora_rlhf.config import EMBEDDED, TINY, RunConfig
-from lora_rlhf.data.chat import set_chat_template
 from lora_rlhf.errors import UserError
 from lora_rlhf.memory_peak import ran_out, return_freed_memory
-
-PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
 def resolved_model(name: str, setting: str = BASE_SETTING) -> str:
@@ -62,35 +59,6 @@ def _check_kernels(folder: Path) -> None:
             raise UserError(
                 f"{folder / 'config.json'}: {name} names code on the Hub ({str(value)[:80]}): it is not run"
             )
-
-
-def load_tokenizer(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING) -> Any:
-    """Return the tokenizer with a chat template and a pad token that is not EOS.
-
-    Args:
-        config: the run's config.
-        name: another model than the run's base, whose own template is kept.
-        setting: that names the model, for errors.
-    """
-    from transformers import AutoTokenizer
-
-    source = resolved_model(name or config.model_name_or_path, setting)
-    with explained(source, config, setting):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=None if name else config.model_revision, trust_remote_code=False
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{source}: its tokenizer has no EOS token, so that no answer could end")
-    set_chat_template(tokenizer, None if name else config.chat_template)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        vocabulary = tokenizer.get_vocab()
-        spare = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-        free = [t for t in (*PAD_CANDIDATES, tokenizer.unk_token, tokenizer.bos_token, *spare) if t in vocabulary]
-        free = [t for t in free if t != tokenizer.eos_token and t not in tokenizer.chat_template]
-        if not free:
-            raise UserError(f"{source}: its tokenizer has no token that could serve as pad and is not EOS")
-        tokenizer.pad_token = free[0]
-    return tokenizer
 
 
 def model_config(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING, **fields: Any) -> Any:

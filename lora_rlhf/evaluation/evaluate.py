@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.base.devices import with_fast_dtype
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs

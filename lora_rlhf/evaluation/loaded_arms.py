@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_rlhf.base.loading import explained, load_tokenizer, resolved_model
+from lora_rlhf.base.loading import explained, resolved_model
 from lora_rlhf.base.prequantized import BASE_SETTING
 from lora_rlhf.base.shared import REFERENCE, SharedBase
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.ppo.model_check import loaded_base

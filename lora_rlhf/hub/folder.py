@@ -205,7 +205,7 @@ def _put_model(run: FinishedRun, kind: Kind, origin: BaseOrigin, into: Path) -> 
             if path.name not in NOT_OF_TOKENIZER and ".safetensors" not in path.name:
                 _put(path, into / path.name)
     else:  # imports torch, which takes seconds
-        from lora_rlhf.base.loading import load_tokenizer
+        from lora_rlhf.base.tokenizer import load_tokenizer
 
         load_tokenizer(run.config).save_pretrained(into)
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_rlhf.base.loading import explained, load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import explained, load_causal_lm
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 

@@ -14,7 +14,8 @@ import torch
 
 from lora_rlhf.base import embedded
 from lora_rlhf.base.embedded import GGUF, build_tiny_model, cache_folder, embedded_model_folder, tiny_model_folder
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import CHATML, prompt_ids
 from lora_rlhf.errors import UserError

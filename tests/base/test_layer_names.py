@@ -14,7 +14,7 @@ from lora_rlhf.base.layer_names import base_description, linear_names
 from lora_rlhf.base.randomness import turn_off_randomness
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.base.small_twin import small_twin
-from lora_rlhf.base.vocabulary import check_vocabulary
+from lora_rlhf.base.tokenizer import check_vocabulary
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.ppo.model_check import loaded_base

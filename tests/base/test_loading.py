@@ -20,14 +20,8 @@ import transformers
 from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary
 
 from lora_rlhf.base.embedded import build_tiny_model
-from lora_rlhf.base.loading import (
-    chosen_backend,
-    explained,
-    load_causal_lm,
-    load_reward_model,
-    load_tokenizer,
-    resolved_model,
-)
+from lora_rlhf.base.loading import chosen_backend, explained, load_causal_lm, load_reward_model, resolved_model
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_rlhf.base.embedded import build_tiny_model
-from lora_rlhf.base.loading import load_tokenizer
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import CHATML, HUMAN_ASSISTANT, answer_ids, prompt_ids, set_chat_template
 from lora_rlhf.errors import UserError

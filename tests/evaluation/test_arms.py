@@ -13,8 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer
+from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, SharedBase
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair

@@ -16,7 +16,8 @@ from hub_server import HubServer
 from recipe_runs import ROOT
 
 from lora_rlhf import UserError, load_plus
-from lora_rlhf.base.loading import load_causal_lm, load_tokenizer, resolved_model
+from lora_rlhf.base.loading import load_causal_lm, resolved_model
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.data.chat import prompt_ids
 

@@ -19,7 +19,8 @@ from test_hub import Push
 from test_model_card import KINDS, code_blocks, facts, own_score, score_of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_rlhf.base.loading import load_tokenizer, resolved_model
+from lora_rlhf.base.loading import resolved_model
+from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.hub.base_origin import base_origin
 from lora_rlhf.hub.folder import hub_folder
