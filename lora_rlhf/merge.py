@@ -30,7 +30,7 @@ from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
 from lora_rlhf.base.token_logprobs import token_logprobs
 from lora_rlhf.checkpoint_folders import check_space, sync
 from lora_rlhf.config import RunConfig
-from lora_rlhf.ppo.decoding import ending_ids
+from lora_rlhf.data.chat import ending_ids, special_ends
 from lora_rlhf.ppo.rollout import Rollout, Sampling
 from lora_rlhf.terminal import interrupt
 
@@ -219,6 +219,8 @@ def model_logprobs(
 def set_generation(generation: Any, model: Any, tokenizer: Any, sampling: Sampling) -> None:
     """Let `generate` of a plain model sample as training did, and end at the tokens that ended answers there.
 
+    It goes on to end at the tokens at which the model ended before, too.
+
     Stop strings stay out: `generate` refuses them without a tokenizer, and pipelines pass it none.
 
     Args:
@@ -227,7 +229,7 @@ def set_generation(generation: Any, model: Any, tokenizer: Any, sampling: Sampli
         tokenizer: of the run.
         sampling: of the run.
     """
-    ends = ending_ids(tokenizer).tolist()
+    ends = list(dict.fromkeys([*ending_ids(tokenizer), *special_ends(tokenizer, generation.eos_token_id)]))
     generation.eos_token_id = ends if len(ends) > 1 else tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id

@@ -81,3 +81,11 @@ def test_the_readme_of_a_model_with_stop_strings_says_how_to_stop_there(
     generated, chatted = (eval(call, space) for call in calls)
     assert generated[0, tokens.shape[1] :].tolist() == [300]
     assert chatted[0]["generated_text"][-1]["content"] == stop
+
+
+def test_it_goes_on_to_end_where_the_model_ended_before(base: SharedBase, tokenizer: Any, tmp_path: Path) -> None:
+    end, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<s>")
+    ordinary = tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    base.causal_lm.generation_config.eos_token_id = [other, end, ordinary]
+    write_merged(MergedWeights(base), tokenizer, Sampling(8, 1.0), tmp_path / "merged")
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [end, other]

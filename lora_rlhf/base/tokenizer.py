@@ -7,7 +7,7 @@ from typing import Any
 from lora_rlhf.base.loading import explained, resolved_model
 from lora_rlhf.base.prequantized import BASE_SETTING
 from lora_rlhf.config import RunConfig
-from lora_rlhf.data.chat import set_chat_template
+from lora_rlhf.data.chat import set_chat_template, set_model_ends
 from lora_rlhf.errors import UserError
 
 PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
@@ -24,10 +24,10 @@ def load_tokenizer(config: RunConfig, name: str | None = None, setting: str = BA
     from transformers import AutoTokenizer
 
     source = resolved_model(name or config.model_name_or_path, setting)
+    revision = None if name else config.model_revision
     with explained(source, config, setting):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=None if name else config.model_revision, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        set_model_ends(tokenizer, _eos_of_generation(source, revision))
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: its tokenizer has no EOS token, so that no answer could end")
     set_chat_template(tokenizer, None if name else config.chat_template)
@@ -40,6 +40,19 @@ def load_tokenizer(config: RunConfig, name: str | None = None, setting: str = BA
             raise UserError(f"{source}: its tokenizer has no token that could serve as pad and is not EOS")
         tokenizer.pad_token = free[0]
     return tokenizer
+
+
+def _eos_of_generation(source: str, revision: str | None) -> object:
+    """Return where a model's `generate` ends, as transformers finds it: in its generation config, else in its own."""
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    try:
+        return GenerationConfig.from_pretrained(source, revision=revision).eos_token_id
+    except OSError:  # it has none, or a damaged one, which transformers takes for none
+        try:
+            return PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("eos_token_id")
+        except OSError:  # a folder of a tokenizer alone
+            return None
 
 
 def check_vocabulary(tokenizer: Any, size: int, source: str) -> None:

@@ -13,13 +13,13 @@ from lora_rlhf.base.role_layers import Factors, RoleLinear
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.chat.mixed_decoding import ChatSampling, MixedDecoding
 from lora_rlhf.chat.prompts import clean_text, fitted_prompt, harmless_answer_ids
-from lora_rlhf.data.chat import Message
+from lora_rlhf.data.chat import Message, ending_ids
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.answers import GivenAnswers, kl_to_base
 from lora_rlhf.evaluation.arms import bad_word_pattern
 from lora_rlhf.evaluation.loaded_arms import LoadedArm
 from lora_rlhf.memory_peak import ran_out
-from lora_rlhf.ppo.decoding import ending_ids, stop_position, tokens_of_text
+from lora_rlhf.ppo.decoding import stop_position, tokens_of_text
 from lora_rlhf.reward.sources import Answers, CombinedReward
 
 
@@ -228,7 +228,7 @@ class ChatComparison:
             raise UserError("there is no Plus among the arms")
         arm = self.arms["plus"]
         tokens = harmless_answer_ids(arm.tokenizer, answer)[:-1]  # EOS need not have been sampled
-        if end_token is not None and end_token in ending_ids(arm.tokenizer).tolist():
+        if end_token is not None and end_token in ending_ids(arm.tokenizer):
             tokens.append(end_token)
         prompt, _ = fitted_prompt(arm.tokenizer, messages, self.context - len(tokens))
         if not tokens:

@@ -12,8 +12,9 @@ from transformers import TopPLogitsWarper
 from lora_rlhf.base.packing import left_padded
 from lora_rlhf.base.role_layers import Factors, MixedRoles, RoleLinear
 from lora_rlhf.base.shared import SharedBase
+from lora_rlhf.data.chat import ending_ids
 from lora_rlhf.errors import UserError
-from lora_rlhf.ppo.decoding import chosen_tokens, ending_ids
+from lora_rlhf.ppo.decoding import chosen_tokens
 from lora_rlhf.ppo.rollout_cache import rollout_cache
 
 
@@ -86,7 +87,7 @@ class MixedDecoding:
         self._positions = (self._mask.long().cumsum(1) - 1).clamp(min=0)
         self._cache = rollout_cache(base.trunk.config, self._ids.shape[1] + sampling.max_tokens)
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._ends = set(ending_ids(tokenizer).tolist())
+        self._ends = set(ending_ids(tokenizer))
 
     @torch.no_grad()
     def step(self) -> None:

@@ -33,6 +33,8 @@ CHATML = (
 
 TEMPLATES = {"human_assistant": HUMAN_ASSISTANT}
 _QUESTION = "Quo vadis?"
+_MODEL_ENDS = "model_ends"
+"""Attribute of a tokenizer: ids that end an answer by the model's generation config."""
 
 
 def chatml_with_system_turn(text: str) -> str:
@@ -87,6 +89,38 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
     return [*whole[len(start) :], tokenizer.eos_token_id]
 
 
+def ending_ids(tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: EOS, the token by which the template closes a turn, and the model's others."""
+    turn_end = None if tokenizer.chat_template is None else turn_end_id(tokenizer)
+    own = [tokenizer.eos_token_id] if turn_end is None else [tokenizer.eos_token_id, turn_end]
+    return list(dict.fromkeys([*own, *getattr(tokenizer, _MODEL_ENDS, ())]))
+
+
+def set_model_ends(tokenizer: Any, eos_token_id: object) -> None:
+    """Let answers end at the tokens, too, that a model's generation config names: `ending_ids` returns them.
+
+    Args:
+        tokenizer: of the model.
+        eos_token_id: as the generation config has it; what is no special token of the tokenizer ends nothing.
+    """
+    setattr(tokenizer, _MODEL_ENDS, special_ends(tokenizer, eos_token_id))
+
+
+def special_ends(tokenizer: Any, eos_token_id: object) -> list[int]:
+    """Return those of the ids that a generation config ends at which are special tokens of `tokenizer`.
+
+    The others are left out: configs that nobody wrote on purpose hold a number that another tokenizer had.
+    """
+    ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    special = _special_ids(tokenizer)
+    return [number for number in ids if type(number) is int and number in special]
+
+
+def answer_lead(tokenizer: Any) -> str:
+    """Return what the template writes between a prompt and the text of an answer: nothing, or a blank."""
+    return _frame(tokenizer)[1]
+
+
 def turn_end_id(tokenizer: Any) -> int | None:
     """Return the special token by which the template closes an assistant's turn, where it has one that is not EOS.
 
@@ -95,8 +129,12 @@ def turn_end_id(tokenizer: Any) -> int | None:
     """
     closing = _frame(tokenizer)[2].strip()
     first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - {tokenizer.eos_token_id}
+    special = _special_ids(tokenizer) - {tokenizer.eos_token_id}
     return first[0] if first and first[0] in special else None
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
 
 def _frame(tokenizer: Any) -> tuple[str, str, str]:

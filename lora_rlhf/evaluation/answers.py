@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.packing import batches_by_length, right_padded
-from lora_rlhf.data.chat import Message, answer_ids, prompt_ids
+from lora_rlhf.data.chat import Message, answer_ids, ending_ids, prompt_ids
 from lora_rlhf.evaluation.arms import prompts_of_any_template
 from lora_rlhf.evaluation.loaded_arms import LoadedArm, digest
 from lora_rlhf.evaluation.result_cache import ResultCache
-from lora_rlhf.ppo.decoding import Sampling, ending_ids
+from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import Answers
@@ -66,7 +66,7 @@ def given_answers(
         part = [list(messages) for messages in conversations[start : start + batch]]
         key = {
             "what": "answers", "arm": arm.fingerprint, "prompts": part, "seed": seed + start,
-            "sampling": {**asdict(sampling), "batch_size": None}, "ends": ending_ids(arm.tokenizer).tolist(),
+            "sampling": {**asdict(sampling), "batch_size": None}, "ends": ending_ids(arm.tokenizer),
         }  # fmt: skip
         sample = functools.partial(_sampled, arm, part, sampling, seed + start, cache.processes)
         found = GivenAnswers(**cache.result(key, sample))

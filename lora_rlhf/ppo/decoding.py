@@ -18,7 +18,7 @@ from transformers import (
 
 from lora_rlhf.base.lm_head import LmHead
 from lora_rlhf.config import PpoSettings
-from lora_rlhf.data.chat import answer_ids, turn_end_id
+from lora_rlhf.data.chat import answer_ids, answer_lead, ending_ids
 from lora_rlhf.ppo.rollout_cache import rollout_cache
 
 EXTRA_TOKENS = 8
@@ -125,7 +125,7 @@ class AnswerEndings:
 
     def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...], rows: int) -> None:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
-        self.ending_ids = set(ending_ids(tokenizer).tolist())
+        self.ending_ids = set(ending_ids(tokenizer))
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.ended = [False] * rows
         # A token is at least one byte of text, so that a stop string is in the last tokens of the answer that it ends.
@@ -168,7 +168,7 @@ class GenerateDecoder:
         plain = GenerationConfig(
             do_sample=False,  # the draws leave one token to choose from
             max_new_tokens=sampling.response_length,
-            eos_token_id=ending_ids(tokenizer).tolist(),
+            eos_token_id=ending_ids(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
         endings = AnswerEndings(tokenizer, sampling.stop_strings, len(ids))
@@ -228,12 +228,6 @@ def inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, aim).clamp(max=probs.shape[1] - 1)[:, 0]
 
 
-def ending_ids(tokenizer: Any) -> torch.Tensor:
-    """Return the ids that end an answer, int64 [n]: EOS, and the token by which the chat template closes a turn."""
-    turn_end = None if tokenizer.chat_template is None else turn_end_id(tokenizer)
-    return torch.tensor([tokenizer.eos_token_id] if turn_end is None else [tokenizer.eos_token_id, turn_end])
-
-
 def stop_position(tokenizer: Any, tokens: list[int], stop_strings: Sequence[str]) -> tuple[int, str] | None:
     """Return (tokens up to the end of the stop string, text before it) of the first one; None where there is none."""
     text = tokenizer.decode(tokens) if stop_strings else ""
@@ -272,6 +266,18 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def visible_tokens(tokenizer: Any, tokens: list[int], hidden: set[int]) -> list[int]:
-    """Return the ids that read what a user sees of `tokens`: none of `hidden`, and no blanks at the end."""
+    """Return the ids that read what a user sees of `tokens`: none of `hidden`, and no blanks at either end.
+
+    Blanks before the answer stay where they are those that the template has there.
+    """
     shown = [token for token in tokens if token not in hidden]
-    return tokens_of_text(tokenizer, shown, tokenizer.decode(shown))
+    read = tokens_of_text(tokenizer, shown, tokenizer.decode(shown))
+    text = tokenizer.decode(read)
+    answer = text.lstrip()
+    if answer == text or answer_lead(tokenizer) + answer == text:
+        return read
+    whole = answer_ids(tokenizer, answer)[:-1]
+    if tokenizer.decode(whole).strip() == answer:
+        return whole
+    blank = next((n for n in range(len(read), -1, -1) if not tokenizer.decode(read[:n]).strip()), 0)
+    return read[blank:]

@@ -11,11 +11,11 @@ import torch
 
 from lora_rlhf.base.packing import batches_by_length, left_padded, right_padded
 from lora_rlhf.base.shared import SharedBase
+from lora_rlhf.data.chat import ending_ids
 from lora_rlhf.ppo.decoding import (
     Decoder,
     Sampling,
     decoder_of,
-    ending_ids,
     special_ids,
     stop_position,
     tokens_of_text,
@@ -128,8 +128,7 @@ def model_answers(
             width = int(query_mask[part].sum(1).max())  # no more padding than these rows need
             ids, mask = query_ids[part, -width:], query_mask[part, -width:]
             response[part], logprobs[part] = decoder(ids, mask, uniform[:, part], sampling, tokenizer)
-    ends = ending_ids(tokenizer).to(decoder.device)
-    return _cut_rollout(query_ids, query_mask, response, logprobs, ends, sampling.stop_strings, tokenizer)
+    return _cut_rollout(query_ids, query_mask, response, logprobs, sampling.stop_strings, tokenizer)
 
 
 def _cut_rollout(
@@ -137,7 +136,6 @@ def _cut_rollout(
     query_mask: torch.Tensor,
     response: torch.Tensor,
     logprobs: torch.Tensor,
-    ends: torch.Tensor,
     stop_strings: tuple[str, ...],
     tokenizer: Any,
 ) -> Rollout:
@@ -147,7 +145,7 @@ def _cut_rollout(
     lengths = torch.full((rows,), length)
     ended, by_eos = torch.zeros((2, rows), dtype=torch.bool)
     texts, read = [], []
-    endings, hidden = set(ends.tolist()), special_ids(tokenizer)
+    endings, hidden = set(ending_ids(tokenizer)), special_ids(tokenizer)
     for i, row in enumerate(response.tolist()):
         end = next((t for t, token in enumerate(row) if token in endings), None)
         body = row if end is None else row[:end]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lora_rlhf import processes as processes_module
 from lora_rlhf.base.embedded import cache_folder
 from lora_rlhf.base.shared import REWARD, SharedBase
-from lora_rlhf.data.chat import CHATML, HUMAN_ASSISTANT, answer_ids, turn_end_id
+from lora_rlhf.base.tokenizer import load_tokenizer
+from lora_rlhf.config import RunConfig
+from lora_rlhf.data.chat import (
+    CHATML,
+    HUMAN_ASSISTANT,
+    answer_ids,
+    answer_lead,
+    ending_ids,
+    set_model_ends,
+    turn_end_id,
+)
 from lora_rlhf.data.rows import dataset_rows
-from lora_rlhf.ppo.decoding import Sampling, ending_ids
+from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.rollout import Rollout, model_answers
 from lora_rlhf.processes import Processes
 from lora_rlhf.reward.sources import AdapterReward, Answers
@@ -162,7 +173,7 @@ def test_the_reward_model_reads_what_the_user_reads(tokenizers: dict[str, Any], 
     of_words = st.lists(WORDS, max_size=8).map(lambda parts: ids_of(tokenizer, "".join(parts)))
     of_any = st.lists(st.integers(0, len(tokenizer) - 1), max_size=8)
     tokens = data.draw(of_words | of_any)
-    ends = set(ending_ids(tokenizer).tolist())
+    ends = set(ending_ids(tokenizer))
     assume(tokens and not ends & set(tokens))
     hidden = {i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
     stop, ending = "", data.draw(st.sampled_from(["EOS", "stop string", "cut"]))
@@ -179,8 +190,7 @@ def test_the_reward_model_reads_what_the_user_reads(tokenizers: dict[str, Any], 
     assert (bool(rollout.ended), bool(rollout.ended_by_eos)) == (ending != "cut", ending == "EOS")
     assert read[-1] == tokenizer.eos_token_id and not hidden & set(read[:-1])
     assert rollout.texts == [text.strip()]
-    assert tokenizer.decode(read[:-1]) == tokenizer.decode(read[:-1]).rstrip()
-    assert tokenizer.decode(read[:-1]).strip() == rollout.texts[0]
+    assert tokenizer.decode(read[:-1]) in (rollout.texts[0], answer_lead(tokenizer) + rollout.texts[0])
 
 
 def test_special_tokens_and_blanks_that_nobody_sees_are_not_read(tokenizer: Any) -> None:
@@ -192,10 +202,23 @@ def test_special_tokens_and_blanks_that_nobody_sees_are_not_read(tokenizer: Any)
         ([*said, hidden, *more, eos], "Yes. It is", [*said, *more]),
         ([*said, *blanks, hidden], "Yes.", said),
         ([*said, hidden, *ids_of(tokenizer, "#")], "Yes.", said),
+        ([*ids_of(tokenizer, "\n\n \n"), *said, eos], "Yes.", said),
+        ([*ids_of(tokenizer, "  "), hidden, *said, *blanks, eos], "Yes.", said),
+        ([*blanks, *blanks, eos], "", []),
     ]:
         rollout = rollout_of(tokenizer, [answer], "#")
         assert rollout.texts == [text] and read_ids(rollout) == [[*read, eos]]
         assert bool(rollout.ended) == (answer[-1] != hidden) and rollout.response_ids.tolist() == [answer]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [(" Yes.", " Yes."), ("Yes.", "Yes."), ("\n\n \nYes.", " Yes."), ("  Yes.", " Yes.")]
+)
+def test_blanks_before_an_answer_are_those_of_the_template(tokenizer: Any, answer: str, expected: str) -> None:
+    """HH-RLHF's format has a space there, with which reward training has read every answer."""
+    tokenizer.chat_template = HUMAN_ASSISTANT
+    rollout = rollout_of(tokenizer, [[*ids_of(tokenizer, answer), tokenizer.eos_token_id]])
+    assert rollout.texts == ["Yes."] and read_ids(rollout) == [[*ids_of(tokenizer, expected), tokenizer.eos_token_id]]
 
 
 # -- the token that ends a turn ---------------------------------------------------------------------------------------
@@ -227,9 +250,42 @@ def test_the_token_that_closes_a_turn_is_read_off_the_template(
 ) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>", "<|end|>", "<|user|>"]})
     tokenizer.chat_template, tokenizer.eos_token = template, eos
+    set_model_ends(tokenizer, None)
     found = turn_end_id(tokenizer)
     assert (found and tokenizer.convert_ids_to_tokens(found)) == expected
-    assert ending_ids(tokenizer).tolist() == [tokenizer.eos_token_id] + [found] * (expected is not None)
+    assert ending_ids(tokenizer) == [tokenizer.eos_token_id] + [found] * (expected is not None)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_answer_ends_at_every_token_that_the_model_ends_at(
+    make_config: Callable[..., RunConfig], tiny_folder: Path, tmp_path: Path, file: str
+) -> None:
+    """Qwen2.5-Instruct and Llama-3 name several; transformers reads config.json where there is no other file."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    tokenizer.save_pretrained(folder)
+    end, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    (ordinary,) = ids_of(tokenizer, "a")
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    held = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(held | {"eos_token_id": [other, ordinary, end, 10**6]}))
+    loaded = load_tokenizer(make_config(model_name_or_path=str(folder)))
+    assert ending_ids(loaded) == [end, other]
+    said = ids_of(loaded, "ba")
+    rollout = rollout_of(loaded, [[*said, other, ordinary]])
+    assert rollout.ended.item() and rollout.ended_by_eos.item() and rollout.texts == ["ba"]
+    assert rollout.response_ids.tolist() == [[*said, other, loaded.pad_token_id]]
+    assert read_ids(rollout) == [[*said, end]]
+
+
+def test_a_tokenizer_without_a_model_has_its_own_ends(
+    make_config: Callable[..., RunConfig], tokenizer: Any, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert ending_ids(load_tokenizer(make_config(model_name_or_path=str(tmp_path / "model")))) == ending_ids(tokenizer)
 
 
 def test_a_mark_of_several_tokens_ends_no_answer(tokenizer: Any) -> None:
