@@ -5,7 +5,8 @@
     python benchmarks/architectures.py opt falcon_h1            # some of them
 
 Each row is a small twin (random weights, a few narrow layers, float32, on the CPU) and the very check that every recipe
-makes of its own model before it begins (`lora_rlhf.ppo.model_check`), with the largest difference of each reading.
+makes of its own model before it begins (`lora_rlhf.ppo.architecture_check`), with the largest difference of each
+reading.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from lora_rlhf.base.text_part import text_config
 from lora_rlhf.config import LoraSettings
 from lora_rlhf.errors import UserError
 from lora_rlhf.ppo import readings
-from lora_rlhf.ppo.model_check import GRADIENTS, LIMIT, SCORES, NoTwin, architecture_differences, words
+from lora_rlhf.ppo.architecture_check import NoTwin, architecture_differences
+from lora_rlhf.ppo.model_check import LIMIT, words
+from lora_rlhf.ppo.readings import GRADIENTS, SCORES
 
 NOT_DEFAULT: dict[str, dict[str, Any]] = {
     "falcon_h1": {"lm_head_multiplier": 0.0625},

@@ -30,9 +30,10 @@ from lora_rlhf.instruct import train_instruct_adapter
 from lora_rlhf.memory import check_memory, with_checkpointing_decided
 from lora_rlhf.memory_peak import ran_out, reset_peak_memory, return_freed_memory
 from lora_rlhf.merge import MergedWeights, check_room, merge_drift, original_weights, policy_logprobs, write_merged
+from lora_rlhf.ppo.architecture_check import check_architecture_of
 from lora_rlhf.ppo.checkpoint import scales_of
 from lora_rlhf.ppo.decoding import Sampling
-from lora_rlhf.ppo.model_check import check_architecture_of, loaded_base
+from lora_rlhf.ppo.model_check import loaded_base
 from lora_rlhf.ppo.optimization import check_optim
 from lora_rlhf.ppo.rollout import sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer

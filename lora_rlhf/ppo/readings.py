@@ -116,6 +116,7 @@ def difference(reading: str, actual: list[torch.Tensor], expected: list[torch.Te
 
 EVAL, TRAIN, MIXED = "log-probs in eval mode", "log-probs in train mode", "log-probs of several roles in one pass"
 DECODED, MIXED_DECODED = "left-padded decoding with a cache", "left-padded decoding of several roles in one pass"
+GRADIENTS, SCORES = "gradients of the adapter", "scores of a reward adapter that was trained on its own"
 
 
 def shared_differences(

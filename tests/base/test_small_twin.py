@@ -9,7 +9,7 @@ from lora_rlhf.base.adapters import lora_config
 from lora_rlhf.base.shared import POLICY, VALUE, SharedBase
 from lora_rlhf.base.small_twin import small_twin
 from lora_rlhf.config import LoraSettings
-from lora_rlhf.ppo.model_check import check_architecture
+from lora_rlhf.ppo.architecture_check import check_architecture
 
 SMALL = LoraSettings(r=4)
 
