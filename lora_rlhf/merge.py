@@ -28,6 +28,7 @@ from lora_rlhf.base.role_layers import FrozenLinear, dequantized_weight, with_ad
 from lora_rlhf.base.shard_files import write_shards
 from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
 from lora_rlhf.base.token_logprobs import token_logprobs
+from lora_rlhf.base.trunk import trunk_name, trunk_of
 from lora_rlhf.checkpoint_folders import check_space, sync
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import ending_ids, special_ends
@@ -161,7 +162,7 @@ def original_weights(base: SharedBase, config: RunConfig) -> OriginalWeights:
         for name, held in plain_tensors(base).items()
         if isinstance(held, FrozenLinear) and held.is_quantized
     }
-    return OriginalWeights(config, quantized, base.causal_lm.base_model_prefix)
+    return OriginalWeights(config, quantized, trunk_name(base.causal_lm))
 
 
 @torch.no_grad()
@@ -203,7 +204,7 @@ def model_logprobs(
     model: Any, rollout: Rollout, temperature: float, chunk: int | None, batch: int = 16
 ) -> torch.Tensor:
     """Return the log-probs [answers, R] that any causal language model gives to `rollout`, `batch` rows at a time."""
-    trunk, head = getattr(model, model.base_model_prefix), LmHead.of(model)
+    trunk, head = trunk_of(model), LmHead.of(model)
     device = head.weight.device
     ids, mask, action = rollout.ids.to(device), rollout.mask.to(device), rollout.action_mask.to(device)
     width = action.shape[1]

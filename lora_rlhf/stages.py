@@ -15,10 +15,11 @@ from lora_rlhf.base.adapted_layers import check_target_modules
 from lora_rlhf.base.devices import check_device
 from lora_rlhf.base.embedded import embedded_model_is_cached
 from lora_rlhf.base.layer_names import base_description
-from lora_rlhf.base.loading import chosen_backend, load_causal_lm, model_config
+from lora_rlhf.base.loading import chosen_backend, load_causal_lm
 from lora_rlhf.base.original_weights import NoOriginalWeights, check_merge_target
+from lora_rlhf.base.prequantized import INSTRUCT_SETTING
 from lora_rlhf.base.shared import INSTRUCT, POLICY, REFERENCE, REWARD, VALUE, SharedBase
-from lora_rlhf.base.tokenizer import check_vocabulary, load_tokenizer
+from lora_rlhf.base.tokenizer import checked_tokenizer, load_tokenizer
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, digest_of_pairs, preference_pairs
@@ -33,6 +34,7 @@ from lora_rlhf.merge import MergedWeights, check_room, merge_drift, original_wei
 from lora_rlhf.ppo.architecture_check import check_architecture_of
 from lora_rlhf.ppo.checkpoint import scales_of
 from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.instruct_check import check_instruct_architecture, check_instruct_model
 from lora_rlhf.ppo.model_check import loaded_base
 from lora_rlhf.ppo.optimization import check_optim
 from lora_rlhf.ppo.rollout import sampled_answers
@@ -46,7 +48,6 @@ from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, progress, samples_table
 from lora_rlhf.tracking import check_tracker
 
-INSTRUCT_SETTING = "instruct_model_name_or_path"
 PAIRS = "pairs.json"  # digests of the preference pairs with which a run began
 
 
@@ -79,13 +80,11 @@ class Session:
         processes = Processes()
         console.quiet = not processes.is_main
         check_device(config)
-        tokenizer = load_tokenizer(config)
-        check_vocabulary(tokenizer, model_config(config).vocab_size, config.model_name_or_path)
+        tokenizer = checked_tokenizer(config)
         check_target_modules(config)
         check_merge_target(config)
         if instruct := config.instruct_model_name_or_path:
-            model_config(config, instruct, INSTRUCT_SETTING)
-            load_tokenizer(config, instruct, INSTRUCT_SETTING)
+            checked_tokenizer(config, instruct, INSTRUCT_SETTING)
         if processes.is_main:
             check_tracker(config.report_to)
         processes.meet()
@@ -119,12 +118,15 @@ class Session:
         return self.base
 
     def check_run(self) -> None:
-        """Refuse, once, a model that cannot be shared, and a run that this machine has no memory for."""
+        """Refuse, once, a model that cannot be shared and a run that has no memory here; say what the base is."""
         if not self._checked:
             check_architecture_of(self.config)
+            check_instruct_architecture(self.config)
             check_memory(self.config)
             if not self._base_checked:
-                self.shared_base()  # which checks itself
+                base = self.shared_base()  # which checks itself
+                for line in base_description(base.causal_lm, base.device):
+                    note(f"  {line}")
             self._checked = True
 
     def begins(self, stage: str, needed: Mapping[str, str] | None = None) -> bool:
@@ -171,7 +173,7 @@ class Session:
 
 
 def base_stage(session: Session) -> None:
-    """Download (once), load in 4 bits, and say what it takes; reads the data, so that bad data stops the run here."""
+    """Download (once), load in 4 bits and check; reads the data, so that bad data stops the run here."""
     if not session.processes.is_main:
         return
     heading("base", session.config.model_name_or_path)
@@ -185,8 +187,6 @@ def base_stage(session: Session) -> None:
         write_text(session.run / PAIRS, json.dumps(digests) + "\n")
         if session.config.merge.target == "original":
             _mergeable(session, session.shared_base())
-        for line in base_description(session.shared_base().causal_lm, session.shared_base().device):
-            note(f"  {line}")
 
 
 def reward_stage(session: Session) -> None:
@@ -378,6 +378,7 @@ def _arms(session: Session, pairs: list[PreferencePair]) -> dict[str, ArmAnswers
         name = config.instruct_model_name_or_path
         own = load_tokenizer(config, name, INSTRUCT_SETTING)
         model = load_causal_lm(config, name, INSTRUCT_SETTING)
+        check_instruct_model(model, getattr(torch, config.dtype))
         return model_arm_answers(base, tokenizer, model, own, pairs, reward, config, config.seed, session.processes)
 
     makers = {"base": by_role(REFERENCE), "instruct": by_instruct_model, "plus": by_role(POLICY)}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lora_rlhf import stages
-from lora_rlhf.config import RunConfig
+from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.data import preferences
 from lora_rlhf.errors import UserError
-from lora_rlhf.stages import Session, base_stage, reward_stage
+from lora_rlhf.stages import Session, base_stage, ppo_stage, reward_stage
 from lora_rlhf.tracking import PACKAGES
 
 
@@ -49,6 +51,46 @@ def test_a_base_that_is_loaded_wrong_is_refused_before_the_reward_is_trained(
     with pytest.raises(UserError, match="4-bit products"):
         reward_stage(Session.open(make_config()))
     assert not done
+
+
+@pytest.mark.parametrize("stage", [base_stage, reward_stage, ppo_stage])
+def test_an_architecture_that_would_compute_wrong_is_refused_before_anything_is_loaded(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, stage: Callable[[Session], None]
+) -> None:
+    def refuses(config: RunConfig) -> None:
+        raise UserError(f"the twin of {config.model_name_or_path} is off")
+
+    session = Session.open(make_config())
+    (session.run / "reward_adapter").mkdir()
+    (session.run / "reward_adapter" / "adapter_model.safetensors").touch()
+    monkeypatch.setattr(stages, "check_architecture_of", refuses)
+    monkeypatch.setattr(stages, "loaded_base", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="the twin of .* is off"):
+        stage(session)
+
+
+def test_every_recipe_says_what_its_adapters_leave_out(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each stage can be run by a recipe of its own, and the first one that loads the base tells."""
+    monkeypatch.setattr(stages, "train_reward_adapter", lambda *_: pytest.fail("trained"))
+    config = make_config(max_train_pairs=8, max_eval_pairs=4, lora=LoraSettings(r=4, target_modules=["q_proj"]))
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        reward_stage(Session.open(config))
+    told = " ".join(capfd.readouterr().out.split())
+    assert "MistralForCausalLM" in told and told.count("1 of 7 kinds of linear layers in a block get an adapter") == 1
+
+
+def test_a_tokenizer_that_is_larger_than_its_model_is_refused(
+    make_config: Callable[..., RunConfig], tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "larger")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["a word of its own"])
+    tokenizer.save_pretrained(model)
+    for settings in ({"model_name_or_path": str(model)}, {"instruct_model_name_or_path": str(model)}):
+        with pytest.raises(UserError, match="1 tokens that the model has no embedding for .the first is 'a word of"):
+            Session.open(make_config(**settings))
 
 
 def test_data_that_changed_since_the_run_began_are_refused(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lora_rlhf.base.trunk import trunk_of
 from lora_rlhf.memory_peak import ran_out
 
 IDS, PREFIX = 12, 7
@@ -18,7 +19,7 @@ def reads_causally(causal_lm: Any) -> bool:
 
     That is how PPO calls it on packed rows. What samples is checked by the `sampler_kl` of every step.
     """
-    trunk = getattr(causal_lm, causal_lm.base_model_prefix)
+    trunk = trunk_of(causal_lm)
     device = causal_lm.get_input_embeddings().weight.device
     ids = torch.arange(5, 5 + IDS, device=device)[None]
     places = torch.arange(IDS, device=device)[None]

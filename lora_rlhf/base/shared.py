@@ -21,6 +21,7 @@ from lora_rlhf.base.packing import batches_by_length, states_without_padding
 from lora_rlhf.base.randomness import turn_off_randomness
 from lora_rlhf.base.role_layers import MixedRoles, RoleLayers
 from lora_rlhf.base.token_logprobs import token_logprobs
+from lora_rlhf.base.trunk import trunk_of
 from lora_rlhf.errors import UserError, first_line
 
 REFERENCE, POLICY, REWARD, VALUE, INSTRUCT = "reference", "policy", "reward", "value", "instruct"
@@ -43,7 +44,7 @@ class SharedBase:
     def __init__(self, causal_lm: Any, policy: LoraConfig, compute_dtype: torch.dtype) -> None:
         self.identity = base_identity(causal_lm)
         self.causal_lm = causal_lm
-        self.trunk = getattr(causal_lm, causal_lm.base_model_prefix)
+        self.trunk = trunk_of(causal_lm)
         self.lm_head = LmHead.of(causal_lm)
         # what heads read, which in OPT can be narrower than the layers
         self.hidden_size: int = self.lm_head.weight.shape[1]

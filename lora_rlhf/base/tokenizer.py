@@ -1,10 +1,11 @@
-"""Loading the tokenizer, with a chat template and a pad token that is not EOS; whether its model knows its tokens."""
+"""Loading the tokenizer, with a chat template and a pad token that is not EOS; whether it fits its model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lora_rlhf.base.loading import explained, resolved_model
+from lora_rlhf.base.loading import explained, model_config, resolved_model
+from lora_rlhf.base.positions import check_positions
 from lora_rlhf.base.prequantized import BASE_SETTING
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import set_chat_template, set_model_ends
@@ -39,6 +40,18 @@ def load_tokenizer(config: RunConfig, name: str | None = None, setting: str = BA
         if not free:
             raise UserError(f"{source}: its tokenizer has no token that could serve as pad and is not EOS")
         tokenizer.pad_token = free[0]
+    return tokenizer
+
+
+def checked_tokenizer(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING) -> Any:
+    """Return what `load_tokenizer` does, after a look at the model's config: it takes no weights.
+
+    Raises:
+        UserError: model and tokenizer do not fit together, or the model is too short for the run.
+    """
+    found, tokenizer = model_config(config, name, setting), load_tokenizer(config, name, setting)
+    check_vocabulary(tokenizer, found.vocab_size, name or config.model_name_or_path)
+    check_positions(config, found, setting)
     return tokenizer
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.packing import batches_by_length, right_padded
+from lora_rlhf.base.prequantized import INSTRUCT_SETTING
 from lora_rlhf.base.shared import REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.chat import Message, answer_ids, prompt_ids
@@ -208,7 +209,7 @@ def prompts_of_any_template(tokenizer: Any, conversations: Sequence[Sequence[Mes
             except Exception as error:  # whatever a template raises
                 reason = error
         else:
-            raise UserError(f"instruct_model_name_or_path: its chat template refuses a single question: {reason}")
+            raise UserError(f"{INSTRUCT_SETTING}: its chat template refuses a single question: {reason}")
     return prompts
 
 

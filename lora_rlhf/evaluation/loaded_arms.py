@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.base.loading import explained, resolved_model
-from lora_rlhf.base.prequantized import BASE_SETTING
+from lora_rlhf.base.prequantized import BASE_SETTING, INSTRUCT_SETTING
 from lora_rlhf.base.shared import REFERENCE, SharedBase
-from lora_rlhf.base.tokenizer import load_tokenizer
+from lora_rlhf.base.tokenizer import checked_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.ppo.model_check import loaded_base
@@ -77,16 +77,16 @@ def named_arms(config: RunConfig, names: Mapping[str, str]) -> dict[str, LoadedA
     if names["base"] == config.model_name_or_path:
         settings["base"] = BASE_SETTING
     if names.get("instruct") == config.instruct_model_name_or_path:
-        settings["instruct"] = "instruct_model_name_or_path"
+        settings["instruct"] = INSTRUCT_SETTING
     config = replace(config, model_name_or_path=names["base"])
-    tokenizer = load_tokenizer(config, setting=settings["base"])
+    tokenizer = checked_tokenizer(config, setting=settings["base"])
     shared = loaded_base(config, None, settings["base"], mixed=True)
     content = model_fingerprint(names["base"], config)
     arms = {"base": LoadedArm("base", shared, REFERENCE, tokenizer, content)}
     for name in [arm for arm in ARMS if arm in names and arm != "base"]:
         folder = adapter_folder(names[name])
         if folder is None:
-            own = load_tokenizer(config, names[name], settings[name])
+            own = checked_tokenizer(config, names[name], settings[name])
             own_content = model_fingerprint(names[name], config)
             other = loaded_base(config, names[name], settings[name], mixed=True)
             arms[name] = LoadedArm(name, other, REFERENCE, own, own_content)

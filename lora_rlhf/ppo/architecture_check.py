@@ -25,6 +25,7 @@ from lora_rlhf.base.loading import model_config, quiet_transformers
 from lora_rlhf.base.packing import right_padded
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, SharedBase
 from lora_rlhf.base.small_twin import small_twin
+from lora_rlhf.base.trunk import trunk_of
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.ppo.model_check import LIMIT, explained_for, of_the_machine, words
@@ -172,7 +173,7 @@ def _gradient_difference(base: SharedBase, stock: Any, rows: Rows) -> Difference
 def _score_difference(base: SharedBase, classifier: Any, lora: Any, rows: Rows) -> Difference:
     """Return how far a reward adapter's scores on the base are from those of the classifier that it is made on."""
     plain = {n.replace(".base_layer", ""): t for n, t in base.trunk.state_dict().items() if ".lora_" not in n}
-    getattr(classifier, classifier.base_model_prefix).load_state_dict(plain)
+    trunk_of(classifier).load_state_dict(plain)
     classifier.config.pad_token_id = NO_END.pad_token_id
     nn.init.normal_(classifier.score.weight, std=0.1)
     identity = base_identity(classifier)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from lora_rlhf.base.lm_head import LmHead
+from lora_rlhf.base.trunk import trunk_of
 from lora_rlhf.config import PpoSettings
 from lora_rlhf.data.chat import answer_ids, answer_lead, ending_ids
 from lora_rlhf.ppo.rollout_cache import rollout_cache
@@ -70,7 +71,7 @@ def decoder_of(causal_lm: Any) -> Decoder:
     """Return the decoder of a model: unsloth's, if unsloth has loaded it, else our own."""
     if hasattr(causal_lm, "for_inference"):  # unsloth's mark
         return GenerateDecoder(causal_lm)
-    return TrunkDecoder(getattr(causal_lm, causal_lm.base_model_prefix), LmHead.of(causal_lm))
+    return TrunkDecoder(trunk_of(causal_lm), LmHead.of(causal_lm))
 
 
 class TrunkDecoder:

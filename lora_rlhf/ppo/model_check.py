@@ -126,7 +126,7 @@ def _not_finite(hf_config: Any, dtype: torch.dtype, setting: str) -> str:
     if dtype == torch.float16:
         advice = "set dtype: float32, or use a card that has bfloat16"
     name = str(dtype).removeprefix("torch.")
-    return f"dtype: {_name(hf_config)} gives logits that are not finite in {name}: {advice}"
+    return f"dtype: {model_name(hf_config)} gives logits that are not finite in {name}: {advice}"
 
 
 def check_base(
@@ -182,8 +182,8 @@ def explained_for(hf_config: Any, what: str, setting: str = BASE_SETTING) -> Ite
         if of_the_machine(error):
             raise
         raise UserError(
-            f"{setting}: {_name(hf_config)} {what} ({type(error).__name__}: {first_line(error)[:200]}): choose another "
-            "model (this may be a fault of this package: please report it)"
+            f"{setting}: {model_name(hf_config)} {what} ({type(error).__name__}: {first_line(error)[:200]}): choose "
+            "another model (this may be a fault of this package: please report it)"
         ) from error
 
 
@@ -192,7 +192,7 @@ def of_the_machine(error: Exception) -> bool:
     return ran_out(error) or isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 
-def _name(hf_config: Any) -> str:
+def model_name(hf_config: Any) -> str:
     """Return what a model is called in an error: its name, where it has one, and its architecture."""
     own = str(getattr(hf_config, "_name_or_path", "") or "")
     return f"{own} ({hf_config.model_type})" if own else f"a model of the architecture {hf_config.model_type}"
@@ -216,6 +216,6 @@ def words(
     if reading in (MIXED, MIXED_DECODED) and config_decides:
         advice = "set ppo.mixed_adapter_scoring: false, or choose another model"
     return (
-        f"{setting}: {_name(hf_config)} does not give on the shared base what transformers gives: {reading} off by "
-        f"{off:.2g} {unit}, where rounding explains {limit:.1g}. PPO would learn from wrong numbers: {advice}"
+        f"{setting}: {model_name(hf_config)} does not give on the shared base what transformers gives: {reading} off "
+        f"by {off:.2g} {unit}, where rounding explains {limit:.1g}. PPO would learn from wrong numbers: {advice}"
     )

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_rlhf.base.packing import left_padded, right_padded
+from lora_rlhf.base.lm_head import LmHead
+from lora_rlhf.base.packing import left_padded, right_padded, states_without_padding
 from lora_rlhf.base.role_layers import MixedRoles
 from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
+from lora_rlhf.base.token_logprobs import token_logprobs
+from lora_rlhf.base.trunk import trunk_of
 from lora_rlhf.ppo.decoding import Sampling, decoder_of
 
 ROWS, LENGTH, PADDING, NEW = 3, 24, 5, 3
@@ -133,9 +136,8 @@ def shared_differences(
     """
     with base.training(), torch.enable_grad():
         yield difference(TRAIN, shared_logprobs(base, POLICY, rows), right[POLICY])
-    with base.role(POLICY):
-        tokens, _ = _sampled(base, rows)
-        decoded = _sampled(base, rows, end=_said_first_by_one(tokens))  # one answer ends, and its row leaves the batch
+    with base.role(POLICY), base.autocast():
+        decoded = _sampled_with_an_end(base.causal_lm, rows)
     yield _compared(DECODED, decoded, [POLICY] * len(rows), rows, expected)
     if not mixed:
         return
@@ -144,22 +146,47 @@ def shared_differences(
     with torch.no_grad():
         logprobs = _of_states(base, base.hidden_mixed(both, ids, mask), ids, mask)
     yield difference(MIXED, logprobs, [right[role][i] for i in range(len(rows)) for role in (REFERENCE, POLICY)])
-    with base.mixed(MixedRoles(both, base.layers.side_by_side(both))):
-        decoded = _sampled(base, twice)
+    with base.mixed(MixedRoles(both, base.layers.side_by_side(both))), base.autocast():
+        decoded = _sampled(base.causal_lm, twice)
     yield _compared(MIXED_DECODED, decoded, both, twice, expected)
 
 
 @torch.no_grad()
-def _sampled(base: SharedBase, rows: Rows, end: int = NO_END.eos_token_id) -> tuple[Rows, list[torch.Tensor]]:
-    """Return tokens that whoever is played says after each row, and their log-probs, by the rollout's own decoder.
+def batch_differences(causal_lm: Any, rows: Rows, own: list[torch.Tensor]) -> Iterator[Difference]:
+    """Yield how far a model that is not shared is from what it says alone, where it is read and answers in a batch.
+
+    Args:
+        causal_lm: the model.
+        rows: of token ids.
+        own: what `own_logprobs` returns for them.
+    """
+    head = LmHead.of(causal_lm)
+    ids, mask = left_padded(rows, NO_END.pad_token_id, head.weight.device)
+    predicted = mask[:, 1:] & mask[:, :-1]
+    states = states_without_padding(trunk_of(causal_lm), ids, mask)[:, :-1][predicted]
+    logprobs, _ = token_logprobs(states, head, ids[:, 1:][predicted], 1.0, None)
+    yield difference(EVAL, list(logprobs.split([len(row) - 1 for row in rows])), own)
+    decoded = _sampled_with_an_end(causal_lm, rows)
+    yield _compared(DECODED, decoded, [REFERENCE] * len(rows), rows, lambda _, rows: own_logprobs(causal_lm, rows))
+
+
+def _sampled_with_an_end(causal_lm: Any, rows: Rows) -> tuple[Rows, list[torch.Tensor]]:
+    """Return what `_sampled` does, of answers one of which ends at once, so that its row leaves the batch."""
+    tokens, _ = _sampled(causal_lm, rows)
+    return _sampled(causal_lm, rows, end=_said_first_by_one(tokens))
+
+
+@torch.no_grad()
+def _sampled(causal_lm: Any, rows: Rows, end: int = NO_END.eos_token_id) -> tuple[Rows, list[torch.Tensor]]:
+    """Return tokens that a model, or who is played on it, says after each row, and their log-probs, by our decoder.
 
     An answer ends with the token `end`, if that is said.
     """
     tokenizer = SimpleNamespace(**{**vars(NO_END), "eos_token_id": end})
-    ids, mask = left_padded(rows, NO_END.pad_token_id, base.device)
-    uniform = torch.rand((NEW, len(rows)), generator=torch.Generator().manual_seed(1)).to(base.device)
-    with base.autocast():
-        tokens, logprobs = decoder_of(base.causal_lm)(ids, mask, uniform, Sampling(NEW, 1.0), tokenizer)
+    decoder = decoder_of(causal_lm)
+    ids, mask = left_padded(rows, NO_END.pad_token_id, decoder.device)
+    uniform = torch.rand((NEW, len(rows)), generator=torch.Generator().manual_seed(1)).to(decoder.device)
+    tokens, logprobs = decoder(ids, mask, uniform, Sampling(NEW, 1.0), tokenizer)
     answers = [row[: row.index(end) + 1] if end in row else row for row in tokens.tolist()]
     return answers, [row[: len(answer)] for row, answer in zip(logprobs, answers, strict=True)]
 

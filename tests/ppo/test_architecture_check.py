@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache
 
 from lora_rlhf.base import lean_layers, role_layers, shared
 from lora_rlhf.base.small_twin import small_twin
+from lora_rlhf.base.trunk import trunk_name
 from lora_rlhf.config import LoraSettings
 from lora_rlhf.errors import UserError
 from lora_rlhf.ppo import architecture_check
@@ -68,7 +69,6 @@ def test_tokens_in_one_dimension_that_are_taken_for_rows_are_found(monkeypatch: 
         ("bloom", r"none of down_proj.* set lora.target_modules: \[query_key_value, dense, dense_h_to_4h, dense_4h_to"),
         ("gpt2", "its layers hold their weights as Conv1D.*choose another model"),
         ("ernie4_5", "ppo.reward_sources: transformers has no classifier of the architecture ernie4_5"),
-        ("llama4_text", "llama4_text cannot be shared by several roles .*choose another model"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_in_words(name: str, words: str) -> None:
@@ -83,6 +83,15 @@ def test_a_state_space_model_that_ignores_the_cache_is_refused() -> None:
 
 def test_a_model_needs_no_classifier_where_the_reward_is_another_one() -> None:
     assert check_architecture(AutoConfig.for_model("ernie4_5"), SMALL, own_reward=False)
+
+
+def test_layers_are_found_where_they_are_not_called_what_the_model_says() -> None:
+    """Llama-4 says that its layers are called language_model, and calls them model."""
+    found = AutoConfig.for_model("llama4_text")
+    with torch.device("meta"):
+        model = small_twin(found, AutoModelForCausalLM)
+    assert not hasattr(model, model.base_model_prefix) and trunk_name(model) == "model"
+    assert check_architecture(found, SMALL, own_reward=False)
 
 
 def test_nothing_is_known_of_an_architecture_whose_sizes_are_unknown() -> None:
