@@ -9,7 +9,8 @@ Takes every option of recipes/direct_rlhf_lora.py; the same --config and --outpu
 from pathlib import Path
 
 from lora_rlhf.config_file import config_from_command_line
-from lora_rlhf.stages import Session, instruct_stage
+from lora_rlhf.session import Session
+from lora_rlhf.stages import instruct_stage
 from lora_rlhf.terminal import run_recipe
 
 EMBEDDED_CONFIG = Path(__file__).parent / "configs" / "embedded.yaml"

@@ -22,7 +22,7 @@ TIMINGS = {"seconds_rollout", "seconds_score", "seconds_update", "samples_per_se
 
 
 IN_STAGES = {
-    "base": ("lora_rlhf.stages.preference_pairs", 2),
+    "base": ("lora_rlhf.session.preference_pairs", 2),
     "reward": ("lora_rlhf.trl_trainer._Bar.on_step_end", 2),
     "instruct": ("lora_rlhf.trl_trainer._Bar.on_step_end", 2),
     "ppo": ("lora_rlhf.ppo.trainer.PpoTrainer.step", 2),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from recipe_runs import IN_STAGES, ROOT, TINY, in_stage, outcome
 
+import lora_rlhf.session
 import lora_rlhf.stages
 from lora_rlhf.errors import UserError
 from lora_rlhf.interruption import interruption
@@ -138,7 +139,7 @@ def test_a_signal_while_a_model_is_freed_ends_the_run(
     recipe: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Python drops what is raised in a destructor, and the run would go on to its end."""
-    plain, begun = lora_rlhf.stages.return_freed_memory, []
+    plain, begun = lora_rlhf.session.return_freed_memory, []
 
     def frees() -> None:
         if stage in begun:
@@ -146,7 +147,7 @@ def test_a_signal_while_a_model_is_freed_ends_the_run(
         plain()
 
     monkeypatch.setattr(lora_rlhf.stages, "heading", lambda name, _: begun.append(name))
-    monkeypatch.setattr(lora_rlhf.stages, "return_freed_memory", frees)
+    monkeypatch.setattr(lora_rlhf.session, "return_freed_memory", frees)
     status, printed = recipe("direct_rlhf_lora.py", *TINY, "--output_dir", str(tmp_path / "run"))
     assert status == 130 and begun[-1] == stage, printed
     assert stage not in run_summary(tmp_path / "run")["seconds"]

@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lora_rlhf import session as session_module
 from lora_rlhf import stages
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.data import preferences
 from lora_rlhf.errors import UserError
-from lora_rlhf.stages import Session, base_stage, ppo_stage, reward_stage
+from lora_rlhf.session import Session
+from lora_rlhf.stages import base_stage, ppo_stage, reward_stage
 from lora_rlhf.tracking import PACKAGES
 
 
@@ -46,7 +48,7 @@ def test_a_base_that_is_loaded_wrong_is_refused_before_the_reward_is_trained(
         raise UserError("its 4-bit products are wrong")
 
     done: list[Any] = []
-    monkeypatch.setattr(stages, "loaded_base", refuses)
+    monkeypatch.setattr(session_module, "loaded_base", refuses)
     monkeypatch.setattr(stages, "train_reward_adapter", lambda *_: done.append("trained"))
     with pytest.raises(UserError, match="4-bit products"):
         reward_stage(Session.open(make_config()))
@@ -63,8 +65,8 @@ def test_an_architecture_that_would_compute_wrong_is_refused_before_anything_is_
     session = Session.open(make_config())
     (session.run / "reward_adapter").mkdir()
     (session.run / "reward_adapter" / "adapter_model.safetensors").touch()
-    monkeypatch.setattr(stages, "check_architecture_of", refuses)
-    monkeypatch.setattr(stages, "loaded_base", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(session_module, "check_architecture_of", refuses)
+    monkeypatch.setattr(session_module, "loaded_base", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="the twin of .* is off"):
         stage(session)
 

@@ -20,7 +20,7 @@ from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import POLICY, SharedBase
 from lora_rlhf.config import LoraSettings, RunConfig
 from lora_rlhf.errors import UserError
-from lora_rlhf.stages import Session
+from lora_rlhf.session import Session
 
 MakeConfig = Callable[..., RunConfig]
 MakeBase = Callable[..., SharedBase]

@@ -21,7 +21,7 @@ from lora_rlhf.config_file import config_to_mapping
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.context import EvaluationSettings
 from lora_rlhf.evaluation.evaluate import evaluate
-from lora_rlhf.stages import Session
+from lora_rlhf.session import Session
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -22,7 +22,7 @@ from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.loaded_arms import named_arms
 from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.ppo.rollout import sampled_answers
-from lora_rlhf.stages import Session
+from lora_rlhf.session import Session
 
 
 def short(tiny_folder: Path, folder: Path, positions: int) -> str:

@@ -31,7 +31,8 @@ from lora_rlhf.evaluation.context import EvaluationSettings
 from lora_rlhf.evaluation.evaluate import _judge
 from lora_rlhf.evaluation.loaded_arms import named_arms
 from lora_rlhf.run import STAGES, run_summary
-from lora_rlhf.stages import Session, base_stage
+from lora_rlhf.session import Session
+from lora_rlhf.stages import base_stage
 
 MakeConfig = Callable[..., RunConfig]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Cache
 
+from lora_rlhf import session as session_module
 from lora_rlhf import stages
 from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import POLICY
@@ -19,7 +20,8 @@ from lora_rlhf.config import CompareSettings, RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.ppo.instruct_check import check_instruct_architecture, check_instruct_model
 from lora_rlhf.reward.sources import CombinedReward, FunctionReward
-from lora_rlhf.stages import Session, base_stage, compare_stage
+from lora_rlhf.session import Session
+from lora_rlhf.stages import base_stage, compare_stage
 
 OTHERWISE = r"instruct_model_name_or_path: .*mamba2.* not say in a batch what it says alone: left-padded decoding with"
 
@@ -55,7 +57,7 @@ def test_a_run_refuses_it_before_its_first_stage(
 ) -> None:
     """Its cache forgets which tokens were padding: its answers would be those to another prompt."""
     loaded: list[Any] = []
-    monkeypatch.setattr(stages, "loaded_base", lambda *_, **__: loaded.append("the base"))
+    monkeypatch.setattr(session_module, "loaded_base", lambda *_, **__: loaded.append("the base"))
     with pytest.raises(UserError, match=OTHERWISE):
         base_stage(Session.open(of_architecture("mamba2")))
     assert not loaded

@@ -24,7 +24,7 @@ from lora_rlhf.ppo import model_check
 from lora_rlhf.ppo.model_check import OwnReading, check_base, loaded_base
 from lora_rlhf.ppo.readings import difference, random_policy, shared_logprobs
 from lora_rlhf.roofline.shapes_only import _causal_lm
-from lora_rlhf.stages import Session
+from lora_rlhf.session import Session
 
 SMALL = LoraSettings(r=4)
 
