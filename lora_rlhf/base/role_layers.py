@@ -167,7 +167,7 @@ class RoleLayers:
         dtype: what products are computed in.
 
     Attributes:
-        folding: what the last working copy with a role folded in did to its adapter.
+        folding: what the last working copy with a role folded in did to its adapter; None where there was none.
     """
 
     def __init__(self, model: nn.Module, playing: Callable[[], str | MixedRoles], dtype: torch.dtype) -> None:
@@ -175,7 +175,7 @@ class RoleLayers:
         self.device = next(model.parameters()).device
         self.frozen: dict[nn.Module, FrozenLinear] = {}
         self.adapted: dict[nn.Module, RoleLinear] = {}
-        self.folding = Folding()
+        self.folding: Folding | None = None
         make_norms_and_mlps_lean(model)
         keep_residuals_in_float32(model)
         self.refresh()

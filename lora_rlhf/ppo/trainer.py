@@ -267,8 +267,7 @@ class PpoTrainer:
             "seconds_score": scored_at - sampled,
             "seconds_update": ended - scored_at,
         }
-        if self.sampling.expand_weights:
-            folding = self.base.layers.folding
+        if (folding := self.base.layers.folding) is not None:
             metrics |= {"folded_layers": folding.layers, "folding_error": folding.error}
         if self.loss_scale.adapts:
             metrics["loss_scale"] = self.loss_scale.scale

@@ -76,8 +76,11 @@ def test_what_is_sampled_from_has_the_update_however_small(
     plain = x @ layer.frozen.weight().float().T
     with base.expanded(POLICY):
         sampled = layer(x.bfloat16()).float() - plain
-    assert base.layers.folding.layers == folded
-    assert (base.layers.folding.error <= FOLD_ERROR) == bool(folded)
+    folding = base.layers.folding
+    assert folding is not None and folding.layers == folded
+    assert (folding.error <= FOLD_ERROR) == bool(folded)
+    with base.layers.working_copy():  # into which nothing is folded
+        assert base.layers.folding == folding
     kept = ((sampled * update).sum() / update.square().sum()).item()
     assert kept == pytest.approx(1.0, abs=0.25)
     assert not any(one.folded for one in base.layers.adapted.values())

@@ -29,9 +29,10 @@ def make_trainer(
 
     def make(
         function: Callable[..., Any] | None = None, seed: int = 0, scales: dict[str, ScoreScale] | None = None,
-        weight: float = 1.0, model: str | None = None, processes: Processes | None = None, **ppo: Any,
+        weight: float = 1.0, model: str | None = None, processes: Processes | None = None, dtype: str = "float32",
+        **ppo: Any,
     ) -> PpoTrainer:  # fmt: skip
-        config = make_config(ppo={"normalization_samples": 8, "learning_rate": 1e-3} | ppo)
+        config = make_config(ppo={"normalization_samples": 8, "learning_rate": 1e-3} | ppo, dtype=dtype)
         config = replace(config, model_name_or_path=model or config.model_name_or_path)
         torch.manual_seed(seed)
         base = make_base(config, roles=(REWARD,))

@@ -79,13 +79,16 @@ def test_a_reward_without_spread_is_said_once_and_its_first_success_counts_one(
     assert "no spread" not in capsys.readouterr().out
 
 
-def test_clipped_scores_are_counted_and_the_raw_ones_stay_as_they_are(make_trainer: MakeTrainer) -> None:
+@pytest.mark.parametrize(("settings", "bound"), [({}, 5), ({"score_clip": 3.0}, 3)], ids=["default", "3"])
+def test_clipped_scores_are_counted_and_the_raw_ones_stay_as_they_are(
+    make_trainer: MakeTrainer, settings: dict[str, float], bound: float
+) -> None:
     def outlier(completions: Any, **_: Any) -> list[float]:
         return [1e6] + [2.0] * (len(completions) - 1)
 
-    trainer = make_trainer(outlier, scales={"function": ScoreScale(0.0, 1.0)}, score_clip=3.0, missing_eos_penalty=0.0)
+    trainer = make_trainer(outlier, scales={"function": ScoreScale(0.0, 1.0)}, missing_eos_penalty=0.0, **settings)
     metrics = trainer.step()
-    assert metrics["score"] == pytest.approx((3 + 3 * 2) / 4) and metrics["score_clip_fraction"] == 0.25
+    assert metrics["score"] == pytest.approx((bound + 3 * 2) / 4) and metrics["score_clip_fraction"] == 0.25
     assert metrics["score/function"] == pytest.approx((1e6 + 6) / 4)
     assert metrics["value_loss"] < 10
 
@@ -98,11 +101,14 @@ def test_an_answer_without_end_loses_the_penalty(make_trainer: MakeTrainer) -> N
     assert metrics["reward"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.0, [1, 1, -1.5]), (0.4, [1, 0, -1.5]), (1.0, [1, -1.5, -1.5])])
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.0, [1, 1, -1.5]), (0.4, [1, 0, -1.5]), (1.0, [1, -1.5, -1.5]), (None, [1, -0.25, -1.5])]
+)
 def test_an_answer_that_ends_at_a_stop_string_loses_a_share_of_the_penalty(
-    make_trainer: MakeTrainer, share: float, expected: list[float]
+    make_trainer: MakeTrainer, share: float | None, expected: list[float]
 ) -> None:
-    trainer = make_trainer(missing_eos_penalty=2.5, stop_string_penalty=share)
+    """Half of it by default."""
+    trainer = make_trainer(missing_eos_penalty=2.5, **({} if share is None else {"stop_string_penalty": share}))
     rollout, _ = rolled_and_scored(trainer, 3)
     ended, by_eos = torch.tensor([True, True, False]), torch.tensor([True, False, False])
     rollout = replace(rollout, ended=ended, ended_by_eos=by_eos)
@@ -330,3 +336,17 @@ def test_a_step_says_how_much_folding_would_change_the_adapter(make_trainer: Mak
     metrics = make_trainer(expand_weights=True).step()
     assert metrics["folded_layers"] == 1.0 and metrics["folding_error"] == pytest.approx(0.0, abs=1e-3)  # float32
     assert not {"folded_layers", "folding_error"} & make_trainer(expand_weights=False).step().keys()
+
+
+def test_a_backend_that_folds_nothing_says_nothing_of_it(make_trainer: MakeTrainer) -> None:
+    """Unsloth's `generate` reads no working copy, whatever ppo.expand_weights says."""
+    trainer = make_trainer(expand_weights=True, scales={"reward": ScoreScale(0.0, 1.0)})
+    trainer.base.causal_lm.for_inference = lambda: None
+    assert not {"folded_layers", "folding_error"} & trainer.step().keys()
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_before_any_update_in_16_bits_no_token_leaves_the_clip_range(make_trainer: MakeTrainer, mixed: bool) -> None:
+    settings = {"num_ppo_epochs": 1, "num_mini_batches": 1, "mixed_adapter_scoring": mixed}
+    metrics = make_trainer(dtype="bfloat16", **settings).step()
+    assert metrics["first_ratio_deviation"] < 0.05 and metrics["clip_fraction"] == 0.0
