@@ -119,6 +119,8 @@ def load_causal_lm(config: RunConfig, name: str | None = None, setting: str = BA
             source, revision=revision, output_loading_info=True, **loading_arguments(config, found)
         )
     _check_complete(report, source)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # whatever its config said: merged weights are saved with it
     return _without_mapped_file(_checked(model, config, source)).eval()
 
 

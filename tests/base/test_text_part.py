@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,47 @@ def test_the_text_model_says_what_the_whole_one_says_of_text(
     name = "model.layers.1.mlp.up_proj.weight"
     weight = text.get_parameter(name)
     assert torch.equal(OriginalWeights(config, {name: weight.shape}, "model").read(name), weight)
+
+
+@pytest.mark.parametrize("kind", ["Mistral3", "Llava"])
+@pytest.mark.parametrize("tied", [False, True], ids=["head of its own", "head is the embeddings"])
+@pytest.mark.parametrize("rename", [False, True], ids=["names of today", "names of first publication"])
+def test_other_models_with_images_hold_their_text_model_in_the_same_places(
+    make_config: MakeConfig, tmp_path: Path, kind: str, tied: bool, rename: bool
+) -> None:
+    """Mistral-Small-3.1 is a Mistral3. Whether the head is the embeddings, the outer config says."""
+    text_config = transformers.MistralConfig(**TEXT)
+    vision = transformers.PixtralVisionConfig(**VISION)
+    config = getattr(transformers, f"{kind}Config")(text_config=text_config, vision_config=vision, image_token_index=7)
+    config.tie_word_embeddings = tied
+    whole = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    whole.save_pretrained(tmp_path)
+    if rename:
+        renamed(tmp_path)
+    loaded = load_causal_lm(make_config(model_name_or_path=str(tmp_path), load_in_4bit=False))
+    ids = torch.arange(10, 22)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    assert type(loaded).__name__ == "MistralForCausalLM"
+    same = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert same == loaded.config.tie_word_embeddings == tied
+
+
+def test_a_head_that_is_in_the_files_is_read_whatever_the_config_says(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Mistral-Small-3.1 was published before transformers had a word for it in the outer config."""
+    text_config, vision = transformers.MistralConfig(**TEXT), transformers.PixtralVisionConfig(**VISION)
+    whole = transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(text_config=text_config, vision_config=vision, tie_word_embeddings=False)
+    )
+    whole.save_pretrained(tmp_path)
+    held = json.loads((tmp_path / "config.json").read_text())
+    del held["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(held))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).tie_word_embeddings
+    loaded = load_causal_lm(make_config(model_name_or_path=str(tmp_path), load_in_4bit=False))
+    assert torch.equal(loaded.lm_head.weight, whole.lm_head.weight)
+    assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
+    assert not loaded.config.tie_word_embeddings
 
 
 def test_a_reward_model_is_made_of_the_text_model(make_config: MakeConfig, tmp_path: Path) -> None:
