@@ -220,9 +220,8 @@ def model_logprobs(
 def set_generation(generation: Any, model: Any, tokenizer: Any, sampling: Sampling) -> None:
     """Let `generate` of a plain model sample as training did, and end at the tokens that ended answers there.
 
-    It goes on to end at the tokens at which the model ended before, too.
-
-    Stop strings stay out: `generate` refuses them without a tokenizer, and pipelines pass it none.
+    It goes on to end at those special tokens at which the model ended before, too. Stop strings stay out: `generate`
+    refuses them without a tokenizer, and pipelines pass it none.
 
     Args:
         generation: the model's GenerationConfig, which is changed.

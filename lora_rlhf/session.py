@@ -105,7 +105,7 @@ class Session:
         return self.base
 
     def check_run(self) -> None:
-        """Refuse, once, a model that cannot be shared and a run that has no memory here; say what the base is."""
+        """Refuse, once, models that would be wrong here and a run that has no memory; say what the base is."""
         if not self._checked:
             check_architecture_of(self.config)
             check_instruct_architecture(self.config)

@@ -20,8 +20,8 @@ Not supported: encoder-decoder models, images.
 from pathlib import Path
 
 from lora_rlhf.config_file import config_from_command_line
+from lora_rlhf.session import Session
 from lora_rlhf.stages import (
-    Session,
     base_stage,
     compare_stage,
     instruct_stage,

@@ -15,8 +15,8 @@ from lora_rlhf.base.embedded import GGUF, GGUF_SHA256, convert_gguf, embedded_mo
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.config_file import config_from_file, config_from_mapping, config_to_mapping
 from lora_rlhf.errors import UserError
+from lora_rlhf.session import Session
 from lora_rlhf.stages import (
-    Session,
     base_stage,
     compare_stage,
     instruct_stage,

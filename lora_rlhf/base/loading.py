@@ -1,4 +1,4 @@
-"""Loading the tokenizer and the 4-bit base, with errors that say what to do."""
+"""Loading the 4-bit base, and what a run names in its place, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -86,7 +86,12 @@ def model_config(config: RunConfig, name: str | None = None, setting: str = BASE
         found = AutoConfig.from_pretrained(
             source, revision=None if name else config.model_revision, trust_remote_code=False, **fields
         )
-    found = text_config(found, source, setting)
+        text = text_config(found, source, setting)
+        if text is not found:  # whether the head is the embeddings, the outer config says, where it says it
+            stated, _ = type(found).get_config_dict(source, revision=None if name else config.model_revision)
+            if isinstance(tied := stated.get("tie_word_embeddings"), bool):
+                text.tie_word_embeddings = tied
+    found = text
     for field, value in fields.items():  # the text model inside has not got them
         setattr(found, field, value)
     if (held := getattr(found, "quantization_config", None)) is not None:

@@ -1,4 +1,4 @@
-"""Whether a model has as many positions as the longest text that a run gives it."""
+"""Whether a model has as many positions as the longest text that a run gives it, counted in the base's tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ from lora_rlhf.base.prequantized import BASE_SETTING
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
 
-STOP_STRING_TOKENS = 8
-"""By how many tokens the reward may read an answer longer than it was sampled: one that a stop string cuts in two is
-read as several."""
+PIECES = 8
+"""By how many tokens at most the reward reads an answer longer than it was sampled: one that a stop string or the end
+of the text cuts in two is read in pieces."""
+STRETCHED = ("linear", "dynamic", "yarn")
+"""Kinds of rotary embeddings whose config may count the positions before they are stretched by its factor."""
+
+
+def most_positions(hf_config: Any) -> int | None:
+    """Return how many tokens a text may have; None where the model does not count them."""
+    positions = getattr(hf_config, "max_position_embeddings", None) or getattr(hf_config, "max_seq_len", None)
+    if not isinstance(positions, int):
+        return None
+    rope = getattr(hf_config, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    stretched = rope.get("rope_type") in STRETCHED and isinstance(rope.get("factor"), int | float)
+    return int(positions * rope["factor"]) if stretched else positions
 
 
 def check_positions(config: RunConfig, hf_config: Any, setting: str = BASE_SETTING) -> None:
@@ -23,16 +36,16 @@ def check_positions(config: RunConfig, hf_config: Any, setting: str = BASE_SETTI
         hf_config: transformers' own of the model.
         setting: that names the model. Pairs are trained on the run's base alone.
     """
-    positions = getattr(hf_config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
+    positions = most_positions(hf_config)
+    if positions is None:
         return
     has = f"and {hf_config.model_type} ({setting}) has {positions} positions"
     prompt, answer = config.max_prompt_length, config.ppo.response_length
-    longest = prompt + answer + 1 + (STOP_STRING_TOKENS if config.ppo.stop_strings else 0)
+    longest = prompt + answer + PIECES + 1
     if longest > positions:
         raise UserError(
-            f"max_prompt_length: prompts of {prompt} tokens and answers of {answer} (ppo.response_length) take up to "
-            f"{longest} tokens with their end, {has}: set smaller ones, or choose another model"
+            f"max_prompt_length: prompts of {prompt} tokens, answers of {answer} (ppo.response_length), {PIECES} to "
+            f"spare and EOS make {longest}, {has}: set smaller ones, or choose another model"
         )
     if setting == BASE_SETTING and config.max_length > positions:
         raise UserError(

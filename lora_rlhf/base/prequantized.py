@@ -15,7 +15,7 @@ import torch
 from lora_rlhf.errors import UserError
 
 BASE_SETTING, INSTRUCT_SETTING = "model_name_or_path", "instruct_model_name_or_path"
-"""The setting that names a model, where no other one does."""
+"""The settings that name a run's base and its Instruct model; the first is meant where none is said."""
 NEVER_QUANTIZED = ("lm_head", "score")
 """Modules that stay whole: log-probs and scores are computed from them."""
 UNGATED_COPIES = {

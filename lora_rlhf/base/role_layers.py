@@ -149,13 +149,13 @@ class Folding:
         error: mean of what rounding changes a layer's update by, were all of them folded, in shares of its size.
     """
 
-    layers: float = 1.0
-    error: float = 0.0
+    layers: float
+    error: float
 
     @classmethod
     def of(cls, errors: Sequence[float]) -> Folding:
-        """Return what follows from the error of each layer."""
-        return cls(fmean(error <= FOLD_ERROR for error in errors), fmean(errors)) if errors else cls()
+        """Return what follows from the error of each layer, of which there is one at least."""
+        return cls(fmean(error <= FOLD_ERROR for error in errors), fmean(errors))
 
 
 class RoleLayers:
@@ -167,7 +167,7 @@ class RoleLayers:
         dtype: what products are computed in.
 
     Attributes:
-        folding: what the last working copy with a role folded in did to its adapter; None where there was none.
+        folding: what the working copy of the last sampling did to the adapter that was folded in; None where none was.
     """
 
     def __init__(self, model: nn.Module, playing: Callable[[], str | MixedRoles], dtype: torch.dtype) -> None:
@@ -282,7 +282,8 @@ class RoleLayers:
                 frozen.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype))
             else:
                 frozen.copy = rooms[i].view(weight.shape).copy_(weight)
-        self.folding = Folding.of(errors) if folded_role else self.folding
+        if errors:
+            self.folding = Folding.of(errors)
 
 
 def mkldnn_has_bfloat16() -> bool:

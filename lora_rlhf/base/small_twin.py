@@ -17,7 +17,7 @@ WIDTHS = {
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
     # the states and the MLPs
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), HEADS * HEAD_WIDTH),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "lru_width"), HEADS * HEAD_WIDTH),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_dim", "ffn_hidden_size", "n_inner"), 96),
     **dict.fromkeys(("expert_ffn_hidden_size", "shared_intermediate_size", "block_auto_adjust_ff_dim"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "hidden_size_per_layer_input"), 48),
@@ -30,7 +30,7 @@ WIDTHS = {
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_num_attention_heads"), HEADS),
     "rotary_dim": HEAD_WIDTH // 2,
     # state-space layers: twice as wide as the states
-    **dict.fromkeys(("mamba_d_ssm", "lru_width"), 2 * HEADS * HEAD_WIDTH),
+    "mamba_d_ssm": 2 * HEADS * HEAD_WIDTH,
     **dict.fromkeys(("mamba_n_heads", "n_mamba_heads", "mamba_num_heads"), 2 * HEADS),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim", "mamba_d_state", "state_size"), HEAD_WIDTH),
     **dict.fromkeys(("ssm_state_size", "mamba_dt_rank", "time_step_rank"), 8),
@@ -57,7 +57,7 @@ PERIODS = ("_period", "_interval", "_step", "_pattern")
 """Ends of names of numbers that say in how many layers a kind of layer comes again."""
 PLACES = ("_layers", "_idxs", "_indices", "_layer_ids")
 """Ends of names of lists that hold the numbers of the layers of a kind."""
-MOST_LAYERS, MOST_PARAMETERS = 12, 5_000_000
+MOST_LAYERS, MOST_PARAMETERS = 24, 5_000_000
 
 
 def small_config(config: Any) -> Any:
@@ -80,6 +80,8 @@ def _depth(fields: Mapping[str, Any]) -> int:
     layers = _layer_count(fields) or 2
     depth = 2
     for name, value in fields.items():
+        if name == "block_types" and isinstance(value, list):  # which come again and again, in Griffin
+            depth = max(depth, len(value))
         if isinstance(value, list) and value and len(value) == layers and isinstance(value[0], str | int):
             kinds = set(value)
             depth = max([depth, *(value.index(kind) + 1 for kind in kinds if len(kinds) < layers)])
@@ -87,7 +89,9 @@ def _depth(fields: Mapping[str, Any]) -> int:
             depth = max(depth, value[0] + 1)
         elif name.endswith(PERIODS) and isinstance(value, int) and not isinstance(value, bool):
             depth = max(depth, value)
-    return min(depth, layers, MOST_LAYERS)
+    if (depth := min(depth, layers)) > MOST_LAYERS:
+        raise ValueError(f"its twin would have {depth} layers to have each kind")
+    return depth
 
 
 def _layer_count(fields: Mapping[str, Any]) -> int | None:

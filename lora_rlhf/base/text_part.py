@@ -49,8 +49,6 @@ def text_config(found: Any, source: str, setting: str) -> Any:
             f"model for its text part alone ({text.model_type}): choose a text model"
         )
     text._name_or_path = found._name_or_path
-    # the outer config decides, which the files are written by; weights that are there twice and differ stay apart
-    text.tie_word_embeddings = getattr(found, "tie_word_embeddings", text.tie_word_embeddings)
     if (quantized := getattr(found, "quantization_config", None)) is not None:
         text.quantization_config = quantized
     return text

@@ -15,7 +15,7 @@ PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|e
 
 
 def load_tokenizer(config: RunConfig, name: str | None = None, setting: str = BASE_SETTING) -> Any:
-    """Return the tokenizer with a chat template and a pad token that is not EOS.
+    """Return the tokenizer with a chat template, a pad token that is not EOS, and all ends of answers.
 
     Args:
         config: the run's config.
@@ -61,7 +61,7 @@ def _eos_of_generation(source: str, revision: str | None) -> object:
 
     try:
         return GenerationConfig.from_pretrained(source, revision=revision).eos_token_id
-    except OSError:  # it has none, or a damaged one, which transformers takes for none
+    except OSError:  # it has none, or one that is no JSON, which transformers takes for none
         try:
             return PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("eos_token_id")
         except OSError:  # a folder of a tokenizer alone

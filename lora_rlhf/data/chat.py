@@ -101,13 +101,13 @@ def set_model_ends(tokenizer: Any, eos_token_id: object) -> None:
 
     Args:
         tokenizer: of the model.
-        eos_token_id: as the generation config has it; what is no special token of the tokenizer ends nothing.
+        eos_token_id: as the generation config has it; what is no special or added token of the tokenizer ends nothing.
     """
     setattr(tokenizer, _MODEL_ENDS, special_ends(tokenizer, eos_token_id))
 
 
 def special_ends(tokenizer: Any, eos_token_id: object) -> list[int]:
-    """Return those of the ids that a generation config ends at which are special tokens of `tokenizer`.
+    """Return those of the ids that a generation config ends at which are special or added tokens of `tokenizer`.
 
     The others are left out: configs that nobody wrote on purpose hold a number that another tokenizer had.
     """

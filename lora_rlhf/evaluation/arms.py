@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.packing import batches_by_length, right_padded
+from lora_rlhf.base.positions import most_positions
 from lora_rlhf.base.prequantized import INSTRUCT_SETTING
 from lora_rlhf.base.shared import REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
@@ -103,7 +105,12 @@ def model_arm_answers(
         answered = chunk[rows]
         # the reward model reads the dialogue in its own format, EOS included, whatever template the arm answered in
         base_prompts = _prompts(base_tokenizer, answered)
-        read = [p + answer_ids(base_tokenizer, text) for p, text in zip(base_prompts, rollout.texts, strict=True)]
+        answers = [answer_ids(base_tokenizer, text) for text in rollout.texts]  # their own tokenizer may need fewer
+        room = most_positions(base.causal_lm.config) or sys.maxsize
+        read = [
+            p + (a if len(p) + len(a) <= room else [*a[: room - len(p) - 1], base_tokenizer.eos_token_id])
+            for p, a in zip(base_prompts, answers, strict=True)
+        ]
         ids, mask = right_padded(read, base_tokenizer.pad_token_id, base.device)
         kl = torch.full((len(answered),), float("nan"))
         if same_vocabulary:

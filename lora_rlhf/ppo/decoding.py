@@ -269,16 +269,14 @@ def special_ids(tokenizer: Any) -> set[int]:
 def visible_tokens(tokenizer: Any, tokens: list[int], hidden: set[int]) -> list[int]:
     """Return the ids that read what a user sees of `tokens`: none of `hidden`, and no blanks at either end.
 
-    Blanks before the answer stay where they are those that the template has there.
+    In front, tokens that are nothing but blanks go, unless the template has just these there. A word that brings its
+    own space is one token and stays: cut off, the tokenizer would read the rest of the answer in other pieces.
     """
     shown = [token for token in tokens if token not in hidden]
     read = tokens_of_text(tokenizer, shown, tokenizer.decode(shown))
     text = tokenizer.decode(read)
-    answer = text.lstrip()
-    if answer == text or answer_lead(tokenizer) + answer == text:
+    if text == answer_lead(tokenizer) + text.lstrip():
         return read
-    whole = answer_ids(tokenizer, answer)[:-1]
-    if tokenizer.decode(whole).strip() == answer:
-        return whole
-    blank = next((n for n in range(len(read), -1, -1) if not tokenizer.decode(read[:n]).strip()), 0)
-    return read[blank:]
+    blank = next(n for n in range(len(read), -1, -1) if not tokenizer.decode(read[:n]).strip())
+    behind = read[blank:]
+    return behind if tokenizer.decode(behind).strip() == text.strip() else read  # a byte may be blank by itself only

@@ -16,10 +16,13 @@ from lora_rlhf.base.prequantized import INSTRUCT_SETTING
 from lora_rlhf.base.small_twin import small_twin
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
-from lora_rlhf.ppo.model_check import LIMIT, OwnReading, explained_for, model_name, of_the_machine
+from lora_rlhf.ppo.model_check import OwnReading, explained_for, model_name, of_the_machine
 from lora_rlhf.ppo.readings import Difference, batch_differences, own_logprobs, sample_rows
 
 EXPLAINED = "cannot answer as the other arms do"
+TWIN_LIMIT = 1e-2
+"""Nats by which a token of a twin may be off, in float32. Nothing is learnt from them, and deep state-space models are
+off by some 1e-4 by rounding alone; those that forget what was padding are off by 1 and more."""
 
 
 def check_instruct_architecture(config: RunConfig) -> bool:
@@ -44,8 +47,8 @@ def check_instruct_architecture(config: RunConfig) -> bool:
             return False
         with explained_for(hf_config, EXPLAINED, INSTRUCT_SETTING):
             for one in batch_differences(twin, rows, own):
-                if not one.largest <= LIMIT:
-                    raise UserError(_words(hf_config, one, one.largest, LIMIT))
+                if not one.largest <= TWIN_LIMIT:
+                    raise UserError(_words(hf_config, one, one.largest, TWIN_LIMIT))
     return True
 
 

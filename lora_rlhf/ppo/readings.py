@@ -95,7 +95,7 @@ def rounded_once_more(causal_lm: Any, dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the shared base is from what is expected, in one way of reading it.
+    """How far a model, shared or not, is from what is expected, in one way of reading it.
 
     Attributes:
         reading: which way, in words.

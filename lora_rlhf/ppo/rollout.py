@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lora_rlhf.base.packing import batches_by_length, left_padded, right_padded
+from lora_rlhf.base.positions import PIECES
 from lora_rlhf.base.shared import SharedBase
 from lora_rlhf.data.chat import ending_ids
 from lora_rlhf.ppo.decoding import (
@@ -95,6 +96,7 @@ def sampled_answers(
     which rows are answered here.
     """
     decoder = decoder_of(base.causal_lm)
+    base.layers.folding = None
     expand = decoder.reads_working_copy and base.layers.expands(sampling.expand_weights)
     if expand:
         with base.layers.adapters_cast(role), base.expanded(role):
@@ -146,6 +148,7 @@ def _cut_rollout(
     ended, by_eos = torch.zeros((2, rows), dtype=torch.bool)
     texts, read = [], []
     endings, hidden = set(ending_ids(tokenizer)), special_ids(tokenizer)
+    most_read = length + PIECES  # the model has positions for no more
     for i, row in enumerate(response.tolist()):
         end = next((t for t, token in enumerate(row) if token in endings), None)
         body = row if end is None else row[:end]
@@ -155,7 +158,7 @@ def _cut_rollout(
             body = tokens_of_text(tokenizer, body[: stop[0]], stop[1])
         elif end is not None:
             lengths[i], ended[i], by_eos[i] = end + 1, True, True
-        body = visible_tokens(tokenizer, body, hidden)
+        body = visible_tokens(tokenizer, body, hidden)[:most_read]
         read.append([*body, eos])
         texts.append(tokenizer.decode(body, skip_special_tokens=True).strip())
     action_mask = (torch.arange(length) < lengths[:, None]).to(device)

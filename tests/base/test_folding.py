@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_rlhf.base.role_layers import FOLD_ERROR, FOLD_ROWS, folding_error, with_adapter
-from lora_rlhf.base.shared import POLICY, SharedBase
+from lora_rlhf.base.shared import POLICY, REFERENCE, SharedBase
 from lora_rlhf.config import RunConfig
 
 MakeBase = Callable[..., SharedBase]
@@ -80,6 +80,8 @@ def test_what_is_sampled_from_has_the_update_however_small(
     assert folding is not None and folding.layers == folded
     assert (folding.error <= FOLD_ERROR) == bool(folded)
     with base.layers.working_copy():  # into which nothing is folded
+        assert base.layers.folding == folding
+    with base.expanded(REFERENCE):  # which has no adapter
         assert base.layers.folding == folding
     kept = ((sampled * update).sum() / update.square().sum()).item()
     assert kept == pytest.approx(1.0, abs=0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,15 +15,29 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_rlhf.base.adapters import lora_config
-from lora_rlhf.base.positions import STOP_STRING_TOKENS, check_positions
-from lora_rlhf.base.shared import POLICY, REWARD, SharedBase
+from lora_rlhf.base.positions import PIECES, check_positions, most_positions
+from lora_rlhf.base.shared import REWARD, SharedBase
 from lora_rlhf.base.small_twin import small_twin
 from lora_rlhf.config import LoraSettings, PpoSettings, RunConfig
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.loaded_arms import named_arms
 from lora_rlhf.ppo.decoding import Sampling
-from lora_rlhf.ppo.rollout import sampled_answers
+from lora_rlhf.ppo.rollout import model_answers
 from lora_rlhf.session import Session
+
+ADAPTER = lora_config(LoraSettings(r=2, target_modules=["q_proj", "v_proj"]))
+
+
+class Says:
+    """A decoder that has these answers ready."""
+
+    device, reads_working_copy = torch.device("cpu"), False
+
+    def __init__(self, answers: list[list[int]]) -> None:
+        self.answers = torch.tensor(answers)
+
+    def __call__(self, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.answers, torch.zeros(self.answers.shape)
 
 
 def short(tiny_folder: Path, folder: Path, positions: int) -> str:
@@ -33,14 +48,12 @@ def short(tiny_folder: Path, folder: Path, positions: int) -> str:
     return str(folder)
 
 
-def of(prompt: int, answer: int, pair: int, *stops: str) -> RunConfig:
-    ppo = PpoSettings(response_length=answer, stop_strings=list(stops))
-    return RunConfig(max_prompt_length=prompt, max_length=pair, ppo=ppo)
+def of(prompt: int, answer: int, pair: int) -> RunConfig:
+    return RunConfig(max_prompt_length=prompt, max_length=pair, ppo=PpoSettings(response_length=answer))
 
 
 @pytest.mark.parametrize(
-    ("config", "positions"),
-    [(of(32, 31, 64), 64), (of(32, 16, 64), 64), (of(32, 23, 64, "#"), 64), (of(512, 512, 512), None)],
+    ("config", "positions"), [(of(32, 23, 64), 64), (of(32, 16, 64), 64), (of(512, 512, 512), None)]
 )
 def test_texts_that_fit_pass(config: RunConfig, positions: int | None) -> None:
     check_positions(config, SimpleNamespace(model_type="opt", max_position_embeddings=positions))
@@ -51,11 +64,11 @@ def test_texts_that_fit_pass(config: RunConfig, positions: int | None) -> None:
     ("config", "setting", "words"),
     [
         (
-            of(32, 32, 64),
+            of(32, 24, 64),
             "model_name_or_path",
-            "^max_prompt_length: prompts of 32 tokens and answers of 32 .* up to 65",
+            "^max_prompt_length: prompts of 32 tokens, answers of 24 .* make 65",
         ),
-        (of(32, 24, 64, "#"), "--models: base", "take up to 65 tokens with their end, and opt .* has 64 positions"),
+        (of(32, 24, 64), "--models: base", r"8 to spare and EOS make 65, and opt \(--models: base\) has 64 positions"),
         (of(16, 16, 65), "model_name_or_path", "^max_length: pairs take up to 65 tokens, .* set max_length: 64, or"),
     ],
 )
@@ -82,21 +95,36 @@ def test_a_run_refuses_its_base_its_instruct_model_and_an_arm(
     Session.open(make_config(model_name_or_path=model, max_prompt_length=64, max_length=100))
 
 
-@pytest.mark.parametrize(("name", "stop"), [("gpt_neo", ""), ("opt", "#")])
-def test_a_model_with_a_table_of_positions_answers_and_scores_the_longest_text(
-    tokenizer: Any, name: str, stop: str
-) -> None:
-    """One position fewer, and the table has no row for EOS."""
-    prompt, answer = 12, 6
-    positions = prompt + answer + 1 + (STOP_STRING_TOKENS if stop else 0)
-    config = AutoConfig.for_model(name)
-    settings = lora_config(LoraSettings(r=2, target_modules=["q_proj", "v_proj"]))
-    model = small_twin(config, AutoModelForCausalLM, vocab_size=len(tokenizer), max_position_embeddings=positions)
-    check_positions(of(prompt, answer, prompt, *[stop] * bool(stop)), model.config)
-    base = SharedBase(model, settings, torch.float32)
-    base.new_adapter(REWARD, settings, trainable=False)
-    sampling, generator = Sampling(answer, 1.0, (stop,) if stop else ()), torch.Generator().manual_seed(0)
-    rollout = sampled_answers(base, POLICY, [[7] * prompt] * 3, sampling, tokenizer, generator)
-    ids, mask = rollout.text_ids, rollout.text_mask
-    assert int(mask.sum(1).max()) >= prompt + answer
-    assert base.scores(REWARD, ids, mask, 3).isfinite().all()
+def test_a_model_with_a_table_of_positions_scores_the_longest_text(tokenizer: Any) -> None:
+    """One position fewer, and the table has no row for EOS. A stop string cuts a token, read as more than 8."""
+    prompt, cut = 12, "zqxjvwkzqxjvwkzqxjvwk#"
+    tokenizer.add_tokens([cut])
+    said = tokenizer(cut, add_special_tokens=False)["input_ids"]
+    longest = prompt + len(said) + PIECES + 1
+    sampling = Sampling(len(said), 1.0, ("#",))
+    rollout = model_answers(Says([said]), [[7] * prompt], sampling, tokenizer, torch.Generator())
+    assert int(rollout.text_mask.sum()) == longest
+    for positions, fits in ((longest, True), (longest - 1, False)):
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": positions}
+        model = small_twin(AutoConfig.for_model("gpt_neo"), AutoModelForCausalLM, **sizes)
+        base = SharedBase(model, ADAPTER, torch.float32)
+        base.new_adapter(REWARD, ADAPTER, trainable=False)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match=f"has {positions} positions"):
+            check_positions(of(prompt, len(said), prompt), model.config)
+        with contextlib.nullcontext() if fits else pytest.raises(IndexError):
+            assert base.scores(REWARD, rollout.text_ids, rollout.text_mask, 1).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        ({"max_seq_len": 32}, 32),  # MPT
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 16384),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 4096),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"full_attention": {"rope_type": "linear"}}}, 4096),
+        ({"max_position_embeddings": None}, None),
+        ({}, None),
+    ],
+)
+def test_positions_are_counted_as_the_architecture_does(fields: dict[str, Any], positions: int | None) -> None:
+    assert most_positions(SimpleNamespace(**fields)) == positions

@@ -16,6 +16,7 @@ from lora_rlhf.base.loading import load_causal_lm, load_reward_model, model_conf
 from lora_rlhf.base.original_weights import OriginalWeights
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
+from lora_rlhf.model_shape import model_shape
 
 MakeConfig = Callable[..., RunConfig]
 TEXT = {
@@ -106,6 +107,14 @@ def test_a_head_that_is_in_the_files_is_read_whatever_the_config_says(make_confi
     assert torch.equal(loaded.lm_head.weight, whole.lm_head.weight)
     assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
     assert not loaded.config.tie_word_embeddings
+    shape = model_shape(make_config(model_name_or_path=str(tmp_path)))
+    assert shape.other >= 2 * 512 * 64  # embeddings and head
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {n: t for n, t in tensors.items() if "lm_head" not in n}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"lacks 1 tensors .* lm_head.weight"):
+        load_causal_lm(make_config(model_name_or_path=str(tmp_path), load_in_4bit=False))
 
 
 def test_a_reward_model_is_made_of_the_text_model(make_config: MakeConfig, tmp_path: Path) -> None:

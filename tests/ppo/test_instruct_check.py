@@ -45,11 +45,24 @@ def test_a_model_need_not_be_one_that_could_be_shared(of_architecture: Callable[
     assert check_instruct_architecture(of_architecture(name))
 
 
+def test_a_deep_mixture_of_layers_is_read_whole(of_architecture: Callable[..., Any]) -> None:
+    """Attention comes late in it, and rounding adds up."""
+    kinds = [*["mamba", "mlp"] * 7, "attention", "mlp"] * 3
+    assert check_instruct_architecture(of_architecture("nemotron_h", layers_block_type=kinds))
+
+
 def test_nothing_is_checked_where_nothing_is_named_or_known(
     make_config: Callable[..., RunConfig], of_architecture: Callable[..., Any]
 ) -> None:
     assert not check_instruct_architecture(make_config())
     assert not check_instruct_architecture(of_architecture("blt"))
+
+
+def test_blocks_that_come_again_are_all_in_the_twin(of_architecture: Callable[..., Any]) -> None:
+    """RecurrentGemma forgets what was padding too, which shows in a twin that it can be made of."""
+    config = of_architecture("recurrent_gemma", block_types=["recurrent", "recurrent", "attention"])
+    with pytest.raises(UserError, match=r"recurrent_gemma.* left-padded decoding with a cache off by"):
+        check_instruct_architecture(config)
 
 
 def test_a_run_refuses_it_before_its_first_stage(

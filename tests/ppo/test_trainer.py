@@ -340,8 +340,26 @@ def test_a_step_says_how_much_folding_would_change_the_adapter(make_trainer: Mak
 
 def test_a_backend_that_folds_nothing_says_nothing_of_it(make_trainer: MakeTrainer) -> None:
     """Unsloth's `generate` reads no working copy, whatever ppo.expand_weights says."""
-    trainer = make_trainer(expand_weights=True, scales={"reward": ScoreScale(0.0, 1.0)})
+    trainer = make_trainer(expand_weights=True)
+    assert "folded_layers" in trainer.step()
     trainer.base.causal_lm.for_inference = lambda: None
+    assert not {"folded_layers", "folding_error"} & trainer.step().keys()
+
+
+def test_a_step_that_gave_up_its_copy_says_nothing_of_folding(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = trainer_module.sampled_answers
+
+    def without_room(base: Any, role: str, prompts: Any, sampling: Any, *others: Any) -> Any:
+        if not sampling.expand_weights:
+            return plain(base, role, prompts, sampling, *others)
+        with base.expanded(role):
+            raise torch.OutOfMemoryError("out of memory")
+
+    trainer = make_trainer(expand_weights=True)
+    assert "folded_layers" in trainer.step()
+    monkeypatch.setattr(trainer_module, "sampled_answers", without_room)
     assert not {"folded_layers", "folding_error"} & trainer.step().keys()
 
 
