@@ -112,8 +112,8 @@ def special_ends(tokenizer: Any, eos_token_id: object) -> list[int]:
     The others are left out: configs that nobody wrote on purpose hold a number that another tokenizer had.
     """
     ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    special = _special_ids(tokenizer)
-    return [number for number in ids if type(number) is int and number in special]
+    added = _added_ids(tokenizer)
+    return [number for number in ids if type(number) is int and number in added]
 
 
 def answer_lead(tokenizer: Any) -> str:
@@ -129,11 +129,12 @@ def turn_end_id(tokenizer: Any) -> int | None:
     """
     closing = _frame(tokenizer)[2].strip()
     first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
-    special = _special_ids(tokenizer) - {tokenizer.eos_token_id}
-    return first[0] if first and first[0] in special else None
+    added = _added_ids(tokenizer) - {tokenizer.eos_token_id}
+    return first[0] if first and first[0] in added else None
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def _added_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of special tokens, and of those that were added to the vocabulary of text."""
     return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
 
