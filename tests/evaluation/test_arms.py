@@ -190,10 +190,13 @@ def test_another_model_with_the_bases_weights_answers_as_base_does(
 ) -> None:
     model = load_causal_lm(config)
     model.lm_head.weight.data.copy_(base.lm_head.weight)
-    reward = CombinedReward([Recorded()])
+    recorded = Recorded()
+    reward = CombinedReward([recorded])
     own = role_answers(base, REFERENCE, tokenizer, PAIRS, reward, config, seed=0)
+    read = recorded.rows
     other = model_arm_answers(base, tokenizer, model, tokenizer, PAIRS, reward, config, seed=0)
     assert other.texts == own.texts
+    assert recorded.rows == read * 2  # though random tokens are not those of their text
     assert torch.equal(other.ended, own.ended)
     torch.testing.assert_close(other.kl_to_base, own.kl_to_base, atol=1e-4, rtol=0)
 
