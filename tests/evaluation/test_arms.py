@@ -224,6 +224,22 @@ def test_another_model_answers_in_its_own_template_and_is_read_in_the_bases(
         assert row == prompt_ids(tokenizer, pair.messages) + read
 
 
+def test_answers_of_another_model_are_read_as_far_as_the_base_has_positions(
+    base: SharedBase, config: RunConfig, tokenizer: Any
+) -> None:
+    """The base's tokenizer may need more tokens for them than the model that sampled them."""
+    other = load_tokenizer(config)
+    other.add_tokens(["a token of its own"])
+    model = load_causal_lm(config)
+    whole, cut = Recorded(), Recorded()
+    for recorded in (whole, cut):
+        model_arm_answers(base, tokenizer, model, other, PAIRS, CombinedReward([recorded]), config, seed=0)
+        room = max(map(len, whole.rows)) - 2
+        base.causal_lm.config.max_position_embeddings = room
+    assert cut.rows == [row if len(row) <= room else [*row[: room - 1], tokenizer.eos_token_id] for row in whole.rows]
+    assert cut.rows != whole.rows
+
+
 @pytest.mark.parametrize(
     ("roles", "joined"),
     [
