@@ -82,13 +82,12 @@ def model_config(config: RunConfig, name: str | None = None, setting: str = BASE
     if (Path(source) / "adapter_config.json").is_file():  # transformers would load the base that it names, and add it
         wanted = "a whole model is wanted" if name else "name the model that it was trained on"
         raise UserError(f"{setting}: {source} is an adapter; {wanted}")
+    revision = None if name else config.model_revision
     with explained(source, config, setting):
-        found = AutoConfig.from_pretrained(
-            source, revision=None if name else config.model_revision, trust_remote_code=False, **fields
-        )
+        found = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **fields)
         text = text_config(found, source, setting)
         if text is not found:  # whether the head is the embeddings, the outer config says, where it says it
-            stated, _ = type(found).get_config_dict(source, revision=None if name else config.model_revision)
+            stated, _ = type(found).get_config_dict(source, revision=revision)
             if isinstance(tied := stated.get("tie_word_embeddings"), bool):
                 text.tie_word_embeddings = tied
     found = text

@@ -92,6 +92,7 @@ def model_arm_answers(
     parts = []
     generator = torch.Generator().manual_seed(seed)
     same_vocabulary = tokenizer.get_vocab() == base_tokenizer.get_vocab()
+    room = most_positions(base.causal_lm.config) or sys.maxsize
     same_format = same_vocabulary and tokenizer.chat_template == base_tokenizer.chat_template
     for chunk in _chunks(pairs, config.ppo.batch_size):
         rows = processes.rows(len(chunk))
@@ -106,11 +107,11 @@ def model_arm_answers(
         answered = chunk[rows]
         # the reward model reads the dialogue in its own format, EOS included, whatever template the arm answered in
         base_prompts = _prompts(base_tokenizer, answered)
-        answers = [answer_ids(base_tokenizer, text) for text in rollout.texts]  # their own tokenizer may need fewer
         if same_format:  # then what was sampled can be read, as of the other arms
             rows_read = zip(rollout.score_ids, rollout.score_mask, strict=True)
             answers = [[*ids[real].tolist()[:-1], base_tokenizer.eos_token_id] for ids, real in rows_read]
-        room = most_positions(base.causal_lm.config) or sys.maxsize
+        else:  # the base may need more tokens for them, and more than it has positions for
+            answers = [answer_ids(base_tokenizer, text) for text in rollout.texts]
         read = [
             p + (a if len(p) + len(a) <= room else [*a[: room - len(p) - 1], base_tokenizer.eos_token_id])
             for p, a in zip(base_prompts, answers, strict=True)

@@ -16,7 +16,7 @@ from lora_rlhf.base.prequantized import INSTRUCT_SETTING
 from lora_rlhf.base.small_twin import small_twin
 from lora_rlhf.config import RunConfig
 from lora_rlhf.errors import UserError
-from lora_rlhf.ppo.model_check import OwnReading, explained_for, model_name, of_the_machine
+from lora_rlhf.ppo.model_check import OwnReading, explained_for, model_name, of_the_machine, random_state_kept
 from lora_rlhf.ppo.readings import Difference, batch_differences, own_logprobs, sample_rows
 
 EXPLAINED = "cannot answer as the other arms do"
@@ -60,8 +60,7 @@ def check_instruct_model(causal_lm: Any, dtype: torch.dtype) -> None:
     """
     if hasattr(causal_lm, "for_inference"):  # unsloth's kernels are others: it has a check of its own at loading
         return
-    devices = [causal_lm.device] if causal_lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), explained_for(causal_lm.config, EXPLAINED, INSTRUCT_SETTING):
+    with random_state_kept(causal_lm.device), explained_for(causal_lm.config, EXPLAINED, INSTRUCT_SETTING):
         own = OwnReading.of(causal_lm, dtype, INSTRUCT_SETTING)
         for one in batch_differences(causal_lm, own.rows, own.logprobs):
             if not one.typical <= own.limit:

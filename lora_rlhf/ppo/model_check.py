@@ -74,7 +74,7 @@ def loaded_base(
     # unsloth's kernels are others: it has a check of its own at loading
     if not check or hasattr(causal_lm, "for_inference"):
         return SharedBase(causal_lm, lora_config(config.lora), dtype)
-    with _random_state_kept(causal_lm.device):
+    with random_state_kept(causal_lm.device):
         own = OwnReading.of(causal_lm, dtype, setting)
     base = SharedBase(causal_lm, lora_config(config.lora), dtype)
     config_decides = mixed is None
@@ -154,7 +154,7 @@ def check_base(
         return shared_logprobs(base, role, rows)
 
     explained = explained_for(hf_config, "cannot be run as PPO runs it", setting)
-    with _random_state_kept(base.device), random_policy(base), explained:
+    with random_state_kept(base.device), random_policy(base), explained:
         for _ in range(POLICIES):
             right = {role: read(role, own.rows) for role in (REFERENCE, POLICY)}
             differences = [difference(EVAL, right[REFERENCE], own.logprobs)]
@@ -167,7 +167,8 @@ def check_base(
             raise UserError(words(hf_config, one.reading, one.typical, own.limit, setting, config_decides))
 
 
-def _random_state_kept(device: torch.device) -> Any:
+def random_state_kept(device: torch.device) -> Any:
+    """Return a context that leaves the global random state, and that of a card, as it was."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
