@@ -35,6 +35,8 @@ TEMPLATES = {"human_assistant": HUMAN_ASSISTANT}
 _QUESTION = "Quo vadis?"
 _MODEL_ENDS = "model_ends"
 """Attribute of a tokenizer: ids that end an answer by the model's generation config."""
+_KEPT_FRAME = "kept_frame"
+"""Attribute of a tokenizer: its chat template, and what `_frame` returns of it."""
 
 
 def chatml_with_system_turn(text: str) -> str:
@@ -139,7 +141,18 @@ def _added_ids(tokenizer: Any) -> set[int]:
 
 
 def _frame(tokenizer: Any) -> tuple[str, str, str]:
-    """Return what the template renders (as a prompt, between prompt and answer, after an answer)."""
+    """Return what the template renders (as a prompt, between prompt and answer, after an answer).
+
+    Rendered once per tokenizer and template: every answer of a data set asks for it.
+    """
+    template, kept = getattr(tokenizer, _KEPT_FRAME, (None, None))
+    if kept is None or template != tokenizer.chat_template:
+        kept = _rendered_frame(tokenizer)
+        setattr(tokenizer, _KEPT_FRAME, (tokenizer.chat_template, kept))
+    return kept
+
+
+def _rendered_frame(tokenizer: Any) -> tuple[str, str, str]:
     question: list[Message] = [{"role": "user", "content": _QUESTION}]
     before = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     mark = "\N{REFERENCE MARK}"
