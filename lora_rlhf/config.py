@@ -99,6 +99,13 @@ class PpoSettings:
     learning_rate: float = setting(5e-5, "Adam's peak learning rate for the policy adapter, annealed linearly to 0.")
     value_learning_rate: float | None = setting(None, "The same for the value adapter; none: learning_rate.")
     warmup_ratio: float = setting(0.0, "Share of the steps over which both learning rates rise to their peak first.")
+    prefix_share: float = setting(
+        0.0,
+        "Share of a step's answers that begin with the first tokens of the pair's chosen answer, from where the policy "
+        "goes on; it falls to 0 over the run. So PPO finds good kinds of answers that the policy hardly ever samples, "
+        "declining for one. 0: none.",
+    )
+    prefix_tokens: int = setting(6, "Tokens of such a beginning.")
     max_grad_norm: float = setting(
         1.0,
         "The policy's gradient is clipped to this norm, and the value's (adapter and head) to the same, each apart.",
@@ -210,6 +217,10 @@ class CompareSettings:
     """Comparison of base, Instruct and Plus on held-out prompts."""
 
     num_prompts: int = setting(100, "Held-out prompts answered by each arm.")
+    safety_prompts: str | None = setting(
+        None, "JSONL with XSTest's columns prompt and label (and written answers); None: the package's safety prompts."
+    )
+    num_safety_prompts: int = setting(100, "Safety prompts of each label that each arm answers.")
     bad_words_file: str | None = setting(None, "One bad word per line; none: the short print-safe list in the package.")
 
 

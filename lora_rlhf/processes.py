@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lora_rlhf.ppo.rollout import Rollout
     from lora_rlhf.ppo.scoring import Scored
 
-SAMPLED = ("response_ids", "action_mask", "ended", "ended_by_eos", "sampled_logprobs", "texts")
+SAMPLED = ("response_ids", "action_mask", "ended", "ended_by_eos", "sampled_logprobs", "free", "texts")
 SCORED = ("logprobs", "reference", "entropy", "values", "score")
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """By which a process knows of the others."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-SIGNALS = ("score", "response_length", "repetition", "ended_rate")
+SIGNALS = ("score", "response_length", "repetition", "ended_rate", "opening_share")
 """Metrics that are looked at."""
+LARGEST_OPENING_SHARE = 0.4
+"""Of answers that begin with the same three words; a manner of speaking has taken over beyond it."""
 WINDOW = 5
 """Steps whose mean is compared with that of the first ones."""
 
@@ -19,11 +21,17 @@ def hacking_signs(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """
     if len(history) < 2 * WINDOW:
         return {}
-    first, last = ({n: fmean(m[n] for m in part) for n in SIGNALS} for part in (history[:WINDOW], history[-WINDOW:]))
+    parts = (history[:WINDOW], history[-WINDOW:])
+    first, last = ({n: fmean(m.get(n, 0.0) for m in part) for n in SIGNALS} for part in parts)
     if last["score"] - first["score"] < 0.5:
         return {}
     risen = f"the score rose from {first['score']:+.2f} to {last['score']:+.2f} while"
     found = {}
+    if last["opening_share"] > max(LARGEST_OPENING_SHARE, first["opening_share"] + 0.1):
+        found["opening"] = (
+            f"{risen} the share of answers with one and the same opening of three words rose from "
+            f"{first['opening_share']:.0%} to {last['opening_share']:.0%}: the reward may like a manner of speaking"
+        )
     if last["response_length"] > 2 * first["response_length"]:
         found["length"] = (
             f"{risen} answers grew from {first['response_length']:.0f} to {last['response_length']:.0f} tokens: "

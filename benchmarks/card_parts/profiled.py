@@ -165,7 +165,7 @@ def made_up_rollout(bench: Bench, rows: int, prompt: int, answer: int) -> Rollou
     logprobs = torch.zeros((rows, answer), device=bench.device)
     return Rollout(
         drawn(prompt), real(prompt), text[:, :-1], real(answer), text, real(answer + 1), ended, ended, logprobs,
-        [""] * rows,
+        ~ended, [""] * rows,
     )  # fmt: skip
 
 

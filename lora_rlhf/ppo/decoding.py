@@ -54,7 +54,13 @@ class Decoder(Protocol):
     """Whether it computes through the layers' own forward, which reads a working copy where there is one."""
 
     def __call__(
-        self, ids: torch.Tensor, mask: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, tokenizer: Any
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        uniform: torch.Tensor,
+        sampling: Sampling,
+        tokenizer: Any,
+        given: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return sampled tokens [rows, R] and their log-probs (nats); after the end of an answer they mean nothing.
 
@@ -64,6 +70,8 @@ class Decoder(Protocol):
             uniform: [R, rows] the numbers in [0, 1) that choose the tokens.
             sampling: length, temperature and stop strings.
             tokenizer: of the model.
+            given: [R, rows] tokens that are not sampled but taken, each with the log-prob that the model gives it; -1
+                where the token is sampled. None: all are sampled.
         """
 
 
@@ -83,7 +91,13 @@ class TrunkDecoder:
         self.trunk, self.lm_head, self.device = trunk, lm_head, lm_head.weight.device
 
     def __call__(
-        self, ids: torch.Tensor, mask: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, tokenizer: Any
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        uniform: torch.Tensor,
+        sampling: Sampling,
+        tokenizer: Any,
+        given: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens and log-probs as `Decoder` says."""
         rows = len(ids)
@@ -98,7 +112,10 @@ class TrunkDecoder:
             states = self.trunk(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
-            token, logprobs[live, step] = chosen_tokens(self.lm_head(states), uniform[step, live], sampling.temperature)
+            taken = None if given is None else given[step, live]
+            token, logprobs[live, step] = chosen_tokens(
+                self.lm_head(states), uniform[step, live], sampling.temperature, taken
+            )
             response[live, step] = token
             unfinished = endings.unfinished(live_rows, token.tolist())  # the one wait for the device per token
             if not unfinished:
@@ -162,10 +179,16 @@ class GenerateDecoder:
         self.causal_lm, self.device = causal_lm, causal_lm.get_output_embeddings().weight.device
 
     def __call__(
-        self, ids: torch.Tensor, mask: torch.Tensor, uniform: torch.Tensor, sampling: Sampling, tokenizer: Any
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        uniform: torch.Tensor,
+        sampling: Sampling,
+        tokenizer: Any,
+        given: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens and log-probs as `Decoder` says."""
-        draws = _Draws(uniform, sampling.temperature)
+        draws = _Draws(uniform, sampling.temperature, given)
         plain = GenerationConfig(
             do_sample=False,  # the draws leave one token to choose from
             max_new_tokens=sampling.response_length,
@@ -205,20 +228,28 @@ class _Ended(StoppingCriteria):
 class _Draws(LogitsProcessor):
     """Leaves of each row's logits the one token that its uniform number chooses, and keeps its log-prob."""
 
-    def __init__(self, uniform: torch.Tensor, temperature: float) -> None:
-        self.uniform, self.temperature, self.step = uniform, temperature, 0
+    def __init__(self, uniform: torch.Tensor, temperature: float, given: torch.Tensor | None) -> None:
+        self.uniform, self.temperature, self.given, self.step = uniform, temperature, given, 0
         self.logprobs = torch.zeros((uniform.shape[1], uniform.shape[0]), device=uniform.device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token, self.logprobs[:, self.step] = chosen_tokens(scores, self.uniform[self.step], self.temperature)
+        taken = None if self.given is None else self.given[self.step]
+        token, self.logprobs[:, self.step] = chosen_tokens(scores, self.uniform[self.step], self.temperature, taken)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
-def chosen_tokens(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a token per row of `logits` [rows, vocabulary] and its log-prob, given a uniform number per row."""
+def chosen_tokens(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: float, given: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a token per row of `logits` [rows, vocabulary] and its log-prob, given a uniform number per row.
+
+    Where `given` [rows] has a token (0 and up), that one is returned in place of a sample.
+    """
     probs = torch.softmax(logits.float() / temperature, -1)
     token = inverse_cdf(probs, uniform)
+    if given is not None:
+        token = torch.where(given >= 0, given, token)
     return token, probs.gather(1, token[:, None])[:, 0].clamp(min=1e-38).log()
 
 

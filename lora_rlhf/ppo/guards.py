@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -75,6 +77,12 @@ def check_finite(**tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NotFinite(f"{name.replace('_', ' ')} is NaN or infinite")
+
+
+def opening_share(texts: Sequence[str]) -> float:
+    """Return the share of answers that begin with the three words with which most of them begin, in any case."""
+    openings = Counter(" ".join(text.lower().split()[:3]) for text in texts)
+    return max(openings.values()) / len(texts)
 
 
 def repetition(ids: torch.Tensor, mask: torch.Tensor, width: int = 3) -> float:

@@ -42,6 +42,7 @@ class Rollout:
         ended: [batch] whether the answer ended by itself.
         ended_by_eos: [batch] whether it did so by a token (see `ending_ids`), where plain `generate` ends too.
         sampled_logprobs: [batch, R] of the sampler, in nats at the sampling temperature.
+        free: [batch] whether the policy sampled the whole answer; else its first tokens were given.
         texts: the answers without EOS and stop string.
     """
 
@@ -54,6 +55,7 @@ class Rollout:
     ended: torch.Tensor
     ended_by_eos: torch.Tensor
     sampled_logprobs: torch.Tensor
+    free: torch.Tensor
     texts: list[str]
 
     def part(self, rows: slice) -> Rollout:
@@ -89,8 +91,11 @@ def sampled_answers(
     tokenizer: Any,
     generator: torch.Generator,
     rows: slice = slice(None),
+    prefixes: Sequence[Sequence[int]] | None = None,
 ) -> Rollout:
     """Return one answer of `role` to each prompt (token ids that end where the answer begins), or to some `rows`.
+
+    Where there are `prefixes`, the answer to a prompt begins with its prefix, which may be empty.
 
     Each prompt draws its own random numbers up front, so that its answer does not depend on when others end, nor on
     which rows are answered here.
@@ -100,9 +105,9 @@ def sampled_answers(
     expand = decoder.reads_working_copy and base.layers.expands(sampling.expand_weights)
     if expand:
         with base.layers.adapters_cast(role), base.expanded(role):
-            return model_answers(decoder, prompts, sampling, tokenizer, generator, None, rows)
+            return model_answers(decoder, prompts, sampling, tokenizer, generator, None, rows, prefixes)
     with base.role(role), base.layers.adapters_cast(role):
-        return model_answers(decoder, prompts, sampling, tokenizer, generator, base.autocast(), rows)
+        return model_answers(decoder, prompts, sampling, tokenizer, generator, base.autocast(), rows, prefixes)
 
 
 @torch.no_grad()
@@ -114,13 +119,18 @@ def model_answers(
     generator: torch.Generator,
     autocast: torch.autocast | None = None,
     rows: slice = slice(None),
+    prefixes: Sequence[Sequence[int]] | None = None,
 ) -> Rollout:
-    """Return one answer to each prompt, or to some `rows`, from any causal language model, given as its decoder."""
+    """Return one answer to each prompt, or to some `rows`, from any causal language model, given as its decoder.
+
+    Where there are `prefixes`, the answer to a prompt begins with its prefix, which may be empty.
+    """
     length = sampling.response_length
     uniform = torch.rand((length, len(prompts)), generator=generator, device=generator.device)[:, rows]
     uniform, prompts = uniform.to(decoder.device), prompts[rows]
     query_ids, query_mask = left_padded(prompts, tokenizer.pad_token_id, decoder.device)
     count = len(prompts)
+    given = None if prefixes is None else _given_tokens(prefixes[rows], length, decoder.device)
     response = torch.full((count, length), tokenizer.pad_token_id, dtype=torch.long, device=decoder.device)
     logprobs = torch.zeros((count, length), dtype=torch.float32, device=decoder.device)
     everyone = torch.arange(count, device=decoder.device)
@@ -129,8 +139,16 @@ def model_answers(
         for part in [everyone] if batch >= count else batches_by_length(query_mask, everyone, batch):
             width = int(query_mask[part].sum(1).max())  # no more padding than these rows need
             ids, mask = query_ids[part, -width:], query_mask[part, -width:]
-            response[part], logprobs[part] = decoder(ids, mask, uniform[:, part], sampling, tokenizer)
-    return _cut_rollout(query_ids, query_mask, response, logprobs, sampling.stop_strings, tokenizer)
+            own = None if given is None else given[:, part]
+            response[part], logprobs[part] = decoder(ids, mask, uniform[:, part], sampling, tokenizer, own)
+    free = torch.ones(count, dtype=torch.bool, device=decoder.device) if given is None else given[0] < 0
+    return _cut_rollout(query_ids, query_mask, response, logprobs, free, sampling.stop_strings, tokenizer)
+
+
+def _given_tokens(prefixes: Sequence[Sequence[int]], length: int, device: torch.device) -> torch.Tensor:
+    """Return [length, rows] the tokens of each row's prefix, and -1 where none is given."""
+    rows = [[*prefix[:length], *[-1] * (length - len(prefix))] for prefix in prefixes]
+    return torch.tensor(rows, dtype=torch.long).view(len(rows), length).t().to(device)
 
 
 def _cut_rollout(
@@ -138,6 +156,7 @@ def _cut_rollout(
     query_mask: torch.Tensor,
     response: torch.Tensor,
     logprobs: torch.Tensor,
+    free: torch.Tensor,
     stop_strings: tuple[str, ...],
     tokenizer: Any,
 ) -> Rollout:
@@ -166,5 +185,5 @@ def _cut_rollout(
     response = torch.where(action_mask, response, pad)
     return Rollout(
         query_ids, query_mask, response, action_mask, score_ids, score_mask, ended.to(device), by_eos.to(device),
-        logprobs * action_mask, texts,
+        logprobs * action_mask, free, texts,
     )  # fmt: skip

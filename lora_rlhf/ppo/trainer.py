@@ -14,18 +14,19 @@ import torch
 
 from lora_rlhf.base.shared import POLICY, REFERENCE, REWARD, VALUE, SharedBase
 from lora_rlhf.config import PpoSettings
-from lora_rlhf.data.chat import prompt_ids
+from lora_rlhf.data.chat import answer_ids, prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
 from lora_rlhf.errors import NotFinite
 from lora_rlhf.memory_peak import peak_memory_gib, ran_out, trim_heap
 from lora_rlhf.ppo.advantages import advantages_and_returns, masked_mean, masked_whiten, token_rewards, value_mask
 from lora_rlhf.ppo.batch_sizes import BatchSizes
 from lora_rlhf.ppo.decoding import Sampling
-from lora_rlhf.ppo.guards import Answered, Guards, check_finite, repetition
+from lora_rlhf.ppo.guards import Answered, Guards, check_finite, opening_share, repetition
 from lora_rlhf.ppo.kl_limit import PolicyWithinLimit
 from lora_rlhf.ppo.losses import AdaptiveKl, FixedKl, importance_weights, kl_estimate
 from lora_rlhf.ppo.minibatch import Batch, Metrics, add_gradients
 from lora_rlhf.ppo.optimization import LossScale, adam, clipped_gradients, learning_rate_share
+from lora_rlhf.ppo.prefixes import drawn_prefixes, share_at
 from lora_rlhf.ppo.rollout import Rollout, sampled_answers
 from lora_rlhf.ppo.scoring import Scored, answers_of, scored_by_roles, with_rewards
 from lora_rlhf.processes import Processes
@@ -62,6 +63,7 @@ class PpoTrainer:
         self.base, self.tokenizer, self.pairs, self.reward, self.settings = base, tokenizer, pairs, reward, settings
         self.processes = processes or Processes()
         self.prompt_ids = [prompt_ids(tokenizer, pair.messages) for pair in pairs]
+        self.prefixes = [answer_ids(tokenizer, pair.chosen)[: settings.prefix_tokens] for pair in pairs]
         self.generator = torch.Generator().manual_seed(seed)
         self.batches = BatchSizes(settings, self._give_up_copy)
         self._order: list[int] = []
@@ -139,13 +141,16 @@ class PpoTrainer:
 
     def _rollout(self, role: str, chosen: list[int]) -> Rollout:
         prompts = [self.prompt_ids[i] for i in chosen]
+        share = share_at(self.step_count, self.settings.total_steps, self.settings.prefix_share)
+        given = [self.prefixes[i] for i in chosen]
+        prefixes = drawn_prefixes(given, share if role == POLICY else 0.0, self.generator)
         before = self.generator.get_state()
 
         def sampled(size: int) -> Rollout:
             self.generator.set_state(before)  # the same random numbers, should this be the second try
             sampling = replace(self.sampling, batch_size=size)
             rows = self.processes.rows(len(prompts))
-            return sampled_answers(self.base, role, prompts, sampling, self.tokenizer, self.generator, rows)
+            return sampled_answers(self.base, role, prompts, sampling, self.tokenizer, self.generator, rows, prefixes)
 
         part = self.batches.within_memory("rollout_batch_size", sampled)
         return self.processes.whole_rollout(part, prompts, self.tokenizer.pad_token_id)
@@ -231,8 +236,9 @@ class PpoTrainer:
             check_finite(score=scored.score, log_probability=scored.logprobs, value=scored.values)
             self.answered = replace(self.answered, scores=scored.score.tolist())
             kl = kl_estimate(scored.logprobs, scored.reference, s.kl_estimator)
-            mask = rollout.action_mask
-            answer_kl = ((scored.logprobs - scored.reference) * mask).sum(1).mean().item()
+            own = rollout.free if rollout.free.any() else ~rollout.free  # what the policy does by itself
+            mask = rollout.action_mask & own[:, None]
+            answer_kl = ((scored.logprobs - scored.reference) * mask).sum(1)[own].mean().item()
             answer_kl = self.processes.from_main(answer_kl)  # all processes stop at the same step
             advantages, returns = self.targets(rollout, scored, kl)
             scored_at = time.perf_counter()
@@ -248,16 +254,17 @@ class PpoTrainer:
         metrics: Metrics = {
             "step": self.step_count,
             "episodes": self.episodes,
-            "reward": (self.penalised(scored.score, rollout) - self.kl.coef * (kl * mask).sum(1)).mean().item(),
-            "score": scored.score.mean().item(),
+            "reward": (self.penalised(scored.score, rollout) - self.kl.coef * (kl * mask).sum(1))[own].mean().item(),
+            "score": scored.score[own].mean().item(),
             "kl": answer_kl,
             "kl_coef": self.kl.coef,
             "entropy": masked_mean(scored.entropy, mask).item(),
             **learning,
-            "response_length": mask.sum(1).float().mean().item(),
-            "ended_rate": rollout.ended.float().mean().item(),
-            "eos_rate": rollout.ended_by_eos.float().mean().item(),
-            "repetition": repetition(rollout.response_ids, mask),
+            "response_length": mask.sum(1)[own].float().mean().item(),
+            "ended_rate": rollout.ended[own].float().mean().item(),
+            "eos_rate": rollout.ended_by_eos[own].float().mean().item(),
+            "repetition": repetition(rollout.response_ids[own], mask[own]),
+            "opening_share": opening_share([rollout.texts[i] for i in own.nonzero()[:, 0].tolist()]),
             "sampler_kl": masked_mean(rollout.sampled_logprobs - scored.logprobs, mask).item(),
             "sampler_max_difference": (rollout.sampled_logprobs - scored.logprobs).abs().max().item(),
             "learning_rate": self.optimizer.param_groups[0]["lr"],

@@ -207,7 +207,7 @@ def full_rollout(config: RunConfig, rows: int) -> Rollout:
     text, ended = _ones(rows, config.ppo.response_length + 1), torch.zeros(rows, dtype=torch.bool, device=META)
     logprobs = torch.zeros(answers.shape, device=META)
     return Rollout(
-        ids, ids.bool(), answers, answers.bool(), text, text.bool(), ended, ended, logprobs, texts=[""] * rows
+        ids, ids.bool(), answers, answers.bool(), text, text.bool(), ended, ended, logprobs, ~ended, texts=[""] * rows
     )
 
 
