@@ -17,7 +17,20 @@ from lora_rlhf.evaluation.arms import bad_word_pattern
 
 TRAIN = [pair_from_row(row) for row in dataset_rows("embedded", "train")]
 TEST = [pair_from_row(row) for row in dataset_rows("embedded", "test")]
-CHANCE_LIMIT = 0.65
+CHANCE_LIMIT = 0.6
+HEDGES = re.compile(r"\b(maybe|perhaps|might|may|could|probably|possibly|seems?|likely)\b", re.IGNORECASE)
+FIRST_PERSON = re.compile(r"\b(I|I'm|I'd|I'll|I've|me|my)\b")
+SECOND_PERSON = re.compile(r"\b(you|your|you're|yours)\b", re.IGNORECASE)
+
+
+def of_kinds(pairs: Sequence[PreferencePair], *kinds: str) -> list[PreferencePair]:
+    return [pair for pair in pairs if dict(pair.columns)["kind"] in kinds]
+
+
+def sets_of_pairs(pairs: list[PreferencePair]) -> dict[str, list[PreferencePair]]:
+    """The sets on which no rule may work that does not read the prompt: all, and the parts that balance themselves."""
+    quality = [pair for pair in of_kinds(pairs, "helpful") if dict(pair.columns)["flaw"] != "refuses"]
+    return {"all": pairs, "quality": quality, "declining": [pair for pair in pairs if pair not in quality]}
 
 
 def words(text: str) -> list[str]:
@@ -33,8 +46,10 @@ def prompt_text(pair: PreferencePair) -> str:
 
 
 def test_there_are_enough_pairs() -> None:
-    assert len(TRAIN) >= 400
+    assert len(TRAIN) >= 1200
     assert len({pair.prompt for pair in TEST}) >= 100
+    assert len(of_kinds(TRAIN, "harmless", "look-alike")) >= len(TRAIN) / 2
+    assert len(of_kinds(TRAIN, "look-alike")) >= 0.6 * len(of_kinds(TRAIN, "harmless"))
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl"])
@@ -56,17 +71,23 @@ def test_bad_words_are_rare_and_rarer_in_chosen_answers() -> None:
     chosen = sum(bad.search(pair.chosen) is not None for pair in TRAIN + TEST)
     rejected = sum(bad.search(pair.rejected) is not None for pair in TRAIN + TEST)
     assert chosen < rejected < 0.05 * len(TRAIN + TEST)
-    assert chosen < 0.01 * len(TRAIN + TEST)
+    assert chosen < 0.015 * len(TRAIN + TEST)
 
 
-def test_no_prompt_comes_twice() -> None:
-    seen = Counter(" ".join(words(prompt_text(pair))) for pair in TRAIN + TEST)
-    assert [text for text, count in seen.items() if count > 1] == []
+def test_no_prompt_is_in_both_splits_and_none_is_asked_often() -> None:
+    train, test = (Counter(" ".join(words(prompt_text(pair))) for pair in pairs) for pairs in (TRAIN, TEST))
+    assert train.keys() & test.keys() == set()
+    assert max((train + test).values()) <= 3  # a harmful prompt has a fluent, a willing and a rude answer to reject
 
 
-def test_no_answer_comes_twice() -> None:
-    seen = Counter(answer for pair in TRAIN + TEST for answer in (pair.chosen, pair.rejected))
-    assert [text for text, count in seen.items() if count > 1] == []
+def test_no_answer_is_chosen_twice_or_rejected_twice() -> None:
+    """But declines are chosen against two answers to a harmful prompt, and help against a bad answer and a refusal."""
+    pairs = TRAIN + TEST
+    chosen, rejected = (Counter(getattr(pair, side) for pair in pairs) for side in ("chosen", "rejected"))
+    assert max(rejected.values()) == 1 and max(chosen.values()) == 2
+    again = {pair.chosen for pair in pairs if chosen[pair.chosen] == 2}
+    help_twice = {pair.chosen for pair in of_kinds(pairs, "helpful") if dict(pair.columns)["flaw"] == "refuses"}
+    assert again - help_twice <= rejected.keys()
 
 
 def test_no_held_out_topic_occurs_in_a_training_prompt() -> None:
@@ -78,11 +99,28 @@ def test_no_held_out_topic_occurs_in_a_training_prompt() -> None:
 
 
 @pytest.mark.parametrize("pairs", [TRAIN, TEST], ids=["train", "test"])
-def test_both_kinds_are_there_and_a_fifth_has_several_turns(pairs: list[PreferencePair]) -> None:
+def test_all_kinds_are_there_and_a_sixth_has_several_turns(pairs: list[PreferencePair]) -> None:
     kinds = Counter(column(pairs, "kind"))
-    assert set(kinds) == {"helpful", "harmless"}
-    assert min(kinds.values()) >= len(pairs) / 5
-    assert sum(len(pair.prompt) > 1 for pair in pairs) >= len(pairs) / 5
+    assert set(kinds) == {"helpful", "harmless", "look-alike"}
+    assert min(kinds.values()) >= len(pairs) / 8
+    assert sum(len(pair.prompt) > 1 for pair in pairs) >= len(pairs) / 6
+
+
+def test_the_rejected_answers_to_harmful_prompts_comply_preach_or_insult() -> None:
+    flaws = Counter(column(of_kinds(TRAIN + TEST, "harmless"), "flaw"))
+    assert {"complies", "preachy", "rude"} <= set(flaws) and flaws["complies"] >= flaws.total() / 2
+    assert set(column(of_kinds(TRAIN + TEST, "look-alike"), "flaw")) == {"refuses"}
+
+
+@pytest.mark.parametrize("pairs", [TRAIN, TEST], ids=["train", "test"])
+def test_whoever_does_not_read_the_prompt_is_right_on_half_of_the_crossed_pairs(pairs: list[PreferencePair]) -> None:
+    """The same two answers stand under a harmful prompt and under its look-alike, the other way round."""
+    sides = {(pair.chosen, pair.rejected) for pair in of_kinds(pairs, "harmless", "look-alike")}
+    crossed = [one for one in sides if one[::-1] in sides]
+    assert len(crossed) >= 0.3 * len(sides)
+    alike = [pair for pair in of_kinds(pairs, "harmless", "look-alike") if (pair.chosen, pair.rejected) in set(crossed)]
+    for rule in (len, lambda answer: -len(set(answer)), hash):
+        assert accuracy(alike, lambda pair, rule=rule: rule(pair.chosen) - rule(pair.rejected)) == 0.5
 
 
 @pytest.mark.parametrize("pairs", [TRAIN, TEST], ids=["train", "test"])
@@ -122,23 +160,42 @@ def test_the_rule_that_is_measured_here_does_learn() -> None:
     assert accuracy(planted[:10], naive_bayes(planted[10:], 1)) == 1.0
 
 
+RULES: dict[str, Callable[[str], float]] = {
+    "length": len,
+    "words": lambda answer: len(words(answer)),
+    "sentences": lambda answer: len(re.findall(r"[.!?](?:\s|$)", answer)),
+    "question marks": lambda answer: answer.count("?"),
+    "commas": lambda answer: answer.count(","),
+    "semicolons and colons": lambda answer: answer.count(";") + answer.count(":"),
+    "hedges": lambda answer: len(HEDGES.findall(answer)),
+    "first person": lambda answer: len(FIRST_PERSON.findall(answer)),
+    "second person": lambda answer: len(SECOND_PERSON.findall(answer)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("part", ["all", "quality", "declining"])
 @pytest.mark.parametrize("pairs", [TRAIN, TEST], ids=["train", "test"])
-@pytest.mark.parametrize("kind", ["helpful", "harmless", None])
-def test_length_alone_tells_nothing(pairs: list[PreferencePair], kind: str | None) -> None:
-    pairs = [pair for pair in pairs if kind in (None, dict(pair.columns)["kind"])]
-    longer = accuracy(pairs, lambda pair: len(pair.chosen) - len(pair.rejected))
-    assert 1 - CHANCE_LIMIT < longer < CHANCE_LIMIT
+def test_no_rule_of_thumb_tells_the_better_answer(pairs: list[PreferencePair], part: str, rule: str) -> None:
+    found = accuracy(sets_of_pairs(pairs)[part], lambda pair: RULES[rule](pair.chosen) - RULES[rule](pair.rejected))
+    assert 1 - CHANCE_LIMIT < found < CHANCE_LIMIT
 
 
-@pytest.mark.parametrize("first", [1, 3, 5])
-def test_first_words_tell_little_about_held_out_pairs(first: int) -> None:
-    assert accuracy(TEST, naive_bayes(TRAIN, first)) < CHANCE_LIMIT
+@pytest.mark.parametrize("part", ["all", "quality", "declining"])
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_first_words_tell_little_about_held_out_pairs(first: int, part: str) -> None:
+    assert accuracy(sets_of_pairs(TEST)[part], naive_bayes(TRAIN, first)) < CHANCE_LIMIT
 
 
-@pytest.mark.parametrize("first", [1, 3, 5])
-def test_first_words_tell_little_in_cross_validation(first: int) -> None:
+@pytest.mark.parametrize("part", ["all", "quality", "declining"])
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_first_words_tell_little_in_cross_validation(first: int, part: str) -> None:
+    """Folds are of topics: the twin of a pair is in its fold."""
+    pairs = sets_of_pairs(TRAIN)[part]
+    place = {topic: i for i, topic in enumerate(dict.fromkeys(column(pairs, "topic")))}
+    of_fold = [[p for p in pairs if place[dict(p.columns)["topic"]] % 5 == fold] for fold in range(5)]
     folds = [
-        accuracy(TRAIN[fold::5], naive_bayes([p for i, p in enumerate(TRAIN) if i % 5 != fold], first))
+        accuracy(of_fold[fold], naive_bayes([p for i in range(5) if i != fold for p in of_fold[i]], first))
         for fold in range(5)
     ]
     assert sum(folds) / len(folds) < CHANCE_LIMIT
