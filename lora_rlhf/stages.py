@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,25 +17,32 @@ from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, digest_of_pairs
 from lora_rlhf.data.rows import Split
+from lora_rlhf.data.safety_prompts import safety_prompts
 from lora_rlhf.errors import UserError
+from lora_rlhf.evaluation.arm_safety import arm_safety
 from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
 from lora_rlhf.evaluation.curves import write_curves
+from lora_rlhf.evaluation.margins import model_reader, role_reader
 from lora_rlhf.instruct import train_instruct_adapter
 from lora_rlhf.memory import with_checkpointing_decided
 from lora_rlhf.memory_peak import reset_peak_memory
 from lora_rlhf.merge import MergedWeights, check_room, merge_drift, original_weights, policy_logprobs, write_merged
 from lora_rlhf.ppo.checkpoint import scales_of
-from lora_rlhf.ppo.decoding import Sampling
+from lora_rlhf.ppo.decoding import Sampling, decoder_of
 from lora_rlhf.ppo.instruct_check import check_instruct_model
-from lora_rlhf.ppo.rollout import sampled_answers
+from lora_rlhf.ppo.rollout import Rollout, model_answers, sampled_answers
 from lora_rlhf.ppo.trainer import PpoTrainer
 from lora_rlhf.ppo_steps import checkpoint_to_resume, taken_steps, without_skipped
 from lora_rlhf.reward.own_reward import trains_own_reward
+from lora_rlhf.reward.probes import probed, probes_in_words, warning_in_words
 from lora_rlhf.reward.sources import CombinedReward, reward_sources, run_reward
-from lora_rlhf.reward.training import accuracy_in_words, reward_accuracy, train_reward_adapter
+from lora_rlhf.reward.training import accuracy_in_words, pair_scores, reward_accuracy, train_reward_adapter
 from lora_rlhf.run import RunDirectory, write_text
 from lora_rlhf.session import PAIRS, Session
-from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, progress, samples_table
+from lora_rlhf.terminal import arms_table, console, heading, interrupt, note, progress, samples_table, warning
+
+Arm = tuple[ArmAnswers, dict[str, float]]
+"""An arm's answers to the held-out prompts, and what `arm_safety` measures of it."""
 
 
 def base_stage(session: Session) -> None:
@@ -76,9 +83,26 @@ def reward_stage(session: Session) -> None:
         base = session.shared_base()
         base.load_adapter(REWARD, run / "reward_adapter")
         results["reward_model"] = reward_accuracy(config, base, session.tokenizer, test, session.processes)
+        results["reward_model"]["probes"] = _probes(session, base)
         session.free_base()
-    for line in accuracy_in_words(results["reward_model"]):
+    measured = results["reward_model"]
+    for line in [*accuracy_in_words(measured), "safety probes: " + probes_in_words(measured["probes"])]:
         note(f"  {line}")
+
+
+def _probes(session: Session, base: SharedBase) -> dict[str, dict[str, float]]:
+    """Return what the safety probes find of the reward role; each of the processes scores its own."""
+    config = session.config
+    prompts = safety_prompts(config.compare.safety_prompts, config.compare.num_safety_prompts)
+
+    def scores(pairs: Sequence[PreferencePair]) -> tuple[list[float], list[float]]:
+        rows = session.processes.rows(len(pairs))
+        with base.layers.working_copy_where_room():
+            own = pair_scores(base, REWARD, session.tokenizer, pairs[rows], config.ppo.scoring_batch_size)
+        whole = session.processes.whole(dict(zip(("chosen", "rejected"), own, strict=True)), len(pairs))
+        return whole["chosen"].tolist(), whole["rejected"].tolist()
+
+    return probed(prompts, scores)
 
 
 def _reported(run: RunDirectory, stage: str, name: str) -> Any:
@@ -119,6 +143,7 @@ def ppo_stage(session: Session) -> None:
     with session.processes.connected(), session.stage("ppo") as results:
         session.free_base()  # before the check, which may load a base that has no adapters yet
         session.check_run()
+        _warn_of_failed_probes(session)
         train = session.pairs("train")
         base = session.shared_base()
         reset_peak_memory(base.device)
@@ -150,6 +175,13 @@ def ppo_stage(session: Session) -> None:
         note(
             f"  stopped early: {trainer.stopped_early}. A larger ppo.kl_coef or a smaller learning rate holds it back."
         )
+
+
+def _warn_of_failed_probes(session: Session) -> None:
+    """Say in red, before PPO begins, that the run's own reward model fails its safety probes."""
+    probes = session.run.summary.get("reward_model", {}).get("probes")
+    if probes and (text := warning_in_words(probes)):
+        warning(f"  {text}.")
 
 
 def merge_stage(session: Session) -> None:
@@ -213,9 +245,9 @@ def compare_stage(session: Session) -> None:
     if session.begins("compare", needed):
         with session.processes.connected(), session.stage("compare") as results:
             pairs = session.pairs("test")[: config.compare.num_prompts]
-            arms = _arms(session, pairs)
+            arms, safety = _arms(session, pairs)
             words = bad_word_pattern(config.compare.bad_words_file)
-            results["arms"] = {name: arm_summary(arm, arms["base"], words) for name, arm in arms.items()}
+            results["arms"] = {name: arm_summary(arm, arms["base"], words) | safety[name] for name, arm in arms.items()}
             prompts = {"prompts": [p.messages[-1]["content"] for p in pairs]}
             samples = prompts | {name: arm.texts for name, arm in arms.items()}
             if run.writes:
@@ -231,32 +263,54 @@ def compare_stage(session: Session) -> None:
         note(f"  {run / 'samples.json'} is missing or damaged: no sample answers to show")
 
 
-def _arms(session: Session, pairs: list[PreferencePair]) -> dict[str, ArmAnswers]:
+def _arms(session: Session, pairs: list[PreferencePair]) -> tuple[dict[str, ArmAnswers], dict[str, dict[str, float]]]:
+    """Return each arm's answers to the held-out prompts, and what `arm_safety` measures of it."""
     config, run, tokenizer = session.config, session.run, session.tokenizer
     base = _base_with_policy(session)
     run.needed("score_scales.json", "ppo")
     reward = run_reward(config, base, run.path)
 
-    def by_role(role: str) -> Callable[[], ArmAnswers]:
-        return lambda: role_answers(base, role, tokenizer, pairs, reward, config, config.seed, session.processes)
+    prompts = safety_prompts(config.compare.safety_prompts, config.compare.num_safety_prompts)
+    sampling, batch = Sampling.of(config.ppo), config.ppo.scoring_batch_size
 
-    def by_instruct_model() -> ArmAnswers:
+    def by_role(role: str) -> Callable[[], Arm]:
+        def sample(asked: list[list[int]], generator: torch.Generator, rows: slice) -> Rollout:
+            return sampled_answers(base, role, asked, sampling, tokenizer, generator, rows)
+
+        def both() -> Arm:
+            reader = role_reader(base, role, tokenizer.pad_token_id, batch)
+            return (
+                role_answers(base, role, tokenizer, pairs, reward, config, config.seed, session.processes),
+                arm_safety(prompts, tokenizer, sample, reader, config, session.processes),
+            )
+
+        return both
+
+    def by_instruct_model() -> Arm:
         name = config.instruct_model_name_or_path
         own = load_tokenizer(config, name, INSTRUCT_SETTING)
         model = load_causal_lm(config, name, INSTRUCT_SETTING)
         check_instruct_model(model, getattr(torch, config.dtype))
-        return model_arm_answers(base, tokenizer, model, own, pairs, reward, config, config.seed, session.processes)
+
+        def sample(asked: list[list[int]], generator: torch.Generator, rows: slice) -> Rollout:
+            return model_answers(decoder_of(model), asked, sampling, own, generator, rows=rows)
+
+        reader = model_reader(model, own.pad_token_id, batch)
+        return (
+            model_arm_answers(base, tokenizer, model, own, pairs, reward, config, config.seed, session.processes),
+            arm_safety(prompts, own, sample, reader, config, session.processes),
+        )
 
     makers = {"base": by_role(REFERENCE), "instruct": by_instruct_model, "plus": by_role(POLICY)}
     if not config.instruct_model_name_or_path:
         base.load_adapter(INSTRUCT, run / "instruct_adapter")
         makers["instruct"] = by_role(INSTRUCT)
-    arms = {}
+    arms, safety = {}, {}
     with progress("compare: arms", len(makers)) as report:
         for name, make in makers.items():
-            arms[name] = make()
+            arms[name], safety[name] = make()
             report(len(arms))
-    return arms
+    return arms, safety
 
 
 def _base_with_policy(session: Session) -> SharedBase:

@@ -128,6 +128,11 @@ def note(text: str) -> None:
     console.print(Text(text), soft_wrap=True)
 
 
+def warning(text: str) -> None:
+    """Print a line in red: what a person should know before going on."""
+    console.print(Text(text, style="red"), soft_wrap=True)
+
+
 @contextlib.contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
     """Show a progress bar; the block calls what it is given with the number of finished pieces (and of all)."""
@@ -158,16 +163,26 @@ def step_line(metrics: Mapping[str, float]) -> str:
     return " ".join(f"{form.format(metrics[key]) if key in metrics else '-':>8}" for key, _, form in STEP_COLUMNS)
 
 
+SAFETY_KEYS = ("decline_unsafe", "decline_safe", "safe_margin")
+"""What `arm_safety` measures, in the order of the table; runs of earlier versions lack it."""
+
+
 def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return the table that compares the arms."""
-    table = Table(title="held-out prompts", title_justify="left")
-    for column in ("arm", "reward (ref. sd)", "win rate vs base", "KL to base", "ended", "bad words", "n"):
+    table = Table(
+        title="held-out prompts: reward in sd of the reference's, wins and KL against base; safety prompts: share "
+        "declined (high on unsafe, low on safe ones is good), share with the right kind of answer likelier",
+        title_justify="left",
+    )
+    columns = ("arm", "reward", "wins", "KL", "ended", "bad words", "declines unsafe", "… safe", "margin", "n")
+    for column in columns:
         table.add_column(column, justify="left" if column == "arm" else "right")
     for name, arm in arms.items():
         kl = "-" if arm["kl_to_base"] is None else f"{arm['kl_to_base']:.2f}"
         rates = [f"{arm[key]:.0%}" for key in ("win_rate_vs_base", "ended_rate", "bad_word_rate")]
         reward = f"{arm['reward_mean']:+.2f} ± {arm['reward_sem']:.2f}"
-        table.add_row(name, reward, rates[0], kl, *rates[1:], str(arm["n"]))
+        safety = [f"{arm[key]:.0%}" if key in arm else "-" for key in SAFETY_KEYS]
+        table.add_row(name, reward, rates[0], kl, *rates[1:], *safety, str(arm["n"]))
     return table
 
 

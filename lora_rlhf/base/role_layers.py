@@ -264,6 +264,12 @@ class RoleLayers:
             for role in self.adapted.values():
                 role.folded = False
 
+    @contextlib.contextmanager
+    def working_copy_where_room(self) -> Iterator[None]:
+        """Hold a working copy inside the block, where memory has room for one; the numbers are the same."""
+        with self.working_copy() if self.has_room_for_copy() else contextlib.nullcontext():
+            yield
+
     def _make_copies(self, folded_role: str | None) -> None:
         """Fill the copies, views of one block of memory, which the system gets back whole; they alone hold it."""
         roles = {id(role.frozen): role for role in self.adapted.values()}
