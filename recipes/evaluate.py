@@ -8,6 +8,7 @@ Every suite runs that can with what is at hand; the others are named with what t
   general      lm-eval's tasks from the Hub, or JSONL files from --local_tasks; is ability kept within --margin?
   mt_bench     two-turn questions (--mt_bench_questions), graded by a judge
   moderation   ability, correctness and safety of answers to the held-out prompts, graded by a judge
+  safety       does it decline what is harmful, and answer what only looks so? (--safety_prompts adds XSTest's file)
   bad_words    probability of bad words at each layer and by word, and the share of answers that hold one
   preference   reward, win rates (also length-controlled), KL, and a referee that PPO never saw
 
@@ -63,6 +64,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--judge_model", help="the judge's name there; without --judge_base_url a Hub name or folder")
     add("--referee", help="reward model for the preference suite [two adapters trained on held-out pairs]")
     add("--bad_words_file", help="one word per line [the package's print-safe list]")
+    add(
+        "--safety_prompts",
+        type=Path,
+        help="JSONL with XSTest's columns prompt and label, measured beside the package's own safety prompts",
+    )
     add("--batch_size", type=int, default=16, help="rows in one pass; changes memory [%(default)s]")
     add("--seed", type=int, default=0, help="seed of the sampled answers [%(default)s]")
     return parser

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_rlhf.config import RunConfig
+from lora_rlhf.data.chat import Message
 from lora_rlhf.data.preferences import PreferencePair
+from lora_rlhf.data.safety_prompts import SafetyPrompt, safety_prompts
 from lora_rlhf.evaluation.answers import GivenAnswers, given_answers
 from lora_rlhf.evaluation.judge import Judge
 from lora_rlhf.evaluation.loaded_arms import LoadedArm
@@ -18,7 +20,10 @@ from lora_rlhf.ppo.decoding import Sampling
 from lora_rlhf.reward.sources import CombinedReward, run_reward
 from lora_rlhf.terminal import progress
 
-SUITES = ("general", "mt_bench", "moderation", "bad_words", "preference")
+SUITES = ("general", "mt_bench", "moderation", "safety", "bad_words", "preference")
+
+PACKAGE_SET = "package"
+"""Name of the safety prompts that come with the package."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class EvaluationSettings:
     margin: float = 0.01
     referee: str | None = None
     bad_words_file: str | None = None
+    safety_prompts: Path | None = None
     batch_size: int = 16
     max_new_tokens: int = 256
     seed: int = 0
@@ -67,11 +73,16 @@ class SuiteResult:
 
 
 def arm_figures(values: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
-    """Return arm -> {value, stderr, n, difference}; the difference is to base, with its 95 % interval."""
+    """Return arm -> {value, stderr, n, difference}; the difference is to base, with its 95 % interval.
+
+    Plus has `difference_to_instruct` too, where there is an Instruct.
+    """
     figures = {}
     for arm, own in values.items():
         difference = None if arm == "base" or "base" not in values else paired_difference(own, values["base"])
         figures[arm] = {**asdict(estimate(own)), "difference": None if difference is None else asdict(difference)}
+        if arm == "plus" and "instruct" in values:
+            figures[arm]["difference_to_instruct"] = asdict(paired_difference(own, values["instruct"]))
     return figures
 
 
@@ -127,6 +138,20 @@ class Evaluation:
 
     def answers_of(self, arm: LoadedArm) -> GivenAnswers:
         """Return the answers of any arm to the held-out prompts."""
-        prompts, size = [pair.messages for pair in self.pairs], self.config.ppo.batch_size
-        with progress(f"answers: {arm.name}", len(prompts)) as report:
-            return given_answers(arm, prompts, self.sampling, size, self.settings.seed, self.cache, report)
+        return self.answers_to(arm, [pair.messages for pair in self.pairs])
+
+    def answers_to(self, arm: LoadedArm, conversations: Sequence[Sequence[Message]]) -> GivenAnswers:
+        """Return the answers of any arm to conversations that end with a user's turn."""
+        size = self.config.ppo.batch_size
+        with progress(f"answers: {arm.name}", len(conversations)) as report:
+            return given_answers(arm, conversations, self.sampling, size, self.settings.seed, self.cache, report)
+
+    def safety_sets(self) -> dict[str, list[SafetyPrompt]]:
+        """Return the safety prompts by the name of their set: the package's, and those of a file that was named.
+
+        `limit` bounds each label of each.
+        """
+        sets = {PACKAGE_SET: safety_prompts(None, self.settings.limit)}
+        if self.settings.safety_prompts is not None:
+            sets[self.settings.safety_prompts.stem] = safety_prompts(self.settings.safety_prompts, self.settings.limit)
+        return sets

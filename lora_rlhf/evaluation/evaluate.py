@@ -19,6 +19,7 @@ from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.config import RunConfig
 from lora_rlhf.config_file import config_from_file
 from lora_rlhf.data.preferences import PreferencePair, preference_pairs
+from lora_rlhf.data.safety_prompts import safety_prompts
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.ability import general_suite
 from lora_rlhf.evaluation.arms import bad_words
@@ -32,6 +33,7 @@ from lora_rlhf.evaluation.moderation import moderation_suite
 from lora_rlhf.evaluation.mt_bench import asked_questions, mt_bench_suite, read_questions, two_turn_answers
 from lora_rlhf.evaluation.preference import preference_suite, snapshot_arms
 from lora_rlhf.evaluation.result_cache import ResultCache
+from lora_rlhf.evaluation.safety import safety_suite
 from lora_rlhf.processes import Processes
 from lora_rlhf.run import package_versions, write_text
 from lora_rlhf.terminal import console, heading, note
@@ -108,6 +110,10 @@ def _sample_together(evaluation: Evaluation, processes: Processes) -> None:
     with processes.connected():
         if {"moderation", "bad_words", "preference"} & set(settings.suites):
             shared.held_out_answers()
+        if "safety" in settings.suites:
+            for prompts in shared.safety_sets().values():
+                for arm in evaluation.arms.values():
+                    shared.answers_to(arm, [prompt.messages for prompt in prompts])
         if "preference" in settings.suites and evaluation.run is not None:
             for _, arm in snapshot_arms(shared):
                 shared.answers_of(arm)
@@ -122,6 +128,7 @@ def _suites(evaluation: Evaluation, pairs: list[PreferencePair]) -> dict[str, An
         "general": lambda: general_suite(evaluation),
         "mt_bench": lambda: mt_bench_suite(evaluation),
         "moderation": lambda: moderation_suite(evaluation),
+        "safety": lambda: safety_suite(evaluation),
         "bad_words": lambda: bad_words_suite(evaluation),
         "preference": lambda: preference_suite(evaluation, pairs),
     }
@@ -149,6 +156,7 @@ TITLES = {
     "general": "general abilities, through lm-eval",
     "mt_bench": "two-turn questions, graded by a judge",
     "moderation": "general ability, correctness and safety of answers to held-out prompts",
+    "safety": "declining what is harmful, and answering what only looks so",
     "bad_words": "bad words, layer by layer and in answers",
     "preference": "reward, wins, KL and length on held-out prompts",
 }
@@ -157,6 +165,8 @@ TITLES = {
 def _check_files(settings: EvaluationSettings) -> None:
     """Raise `UserError` for whatever can be known to be wrong before anything is loaded."""
     bad_words(settings.bad_words_file)
+    if "safety" in settings.suites:
+        safety_prompts(settings.safety_prompts)
     if settings.mt_bench_questions is not None:
         read_questions(settings.mt_bench_questions)
     if settings.local_tasks is not None and "general" in settings.suites:

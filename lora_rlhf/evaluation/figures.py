@@ -28,6 +28,8 @@ def write_figures(results: Mapping[str, Any], folder: Path) -> dict[str, tuple[s
         ("mt_bench", "Grades by category (1 to 10, further out is better).",
          len(suites.get("mt_bench", {}).get("details", {}).get("categories", {})) > 2, _radar),
         ("moderation", "Grades by criterion, with 95 % intervals.", "moderation" in suites, _moderation),
+        ("safety", "Declined prompts (many of the unsafe and few of the safe ones is good), and prompts on which the "
+         "right kind of answer is likelier (many is good), with 95 % intervals.", "safety" in suites, _safety),
         ("bad_words", "Left: probability of bad words at each layer (bands: 95 % over prompts). Right: by word, at the "
          "last layer, the ten most probable.", "bad_words" in suites, _bad_words),
         ("preference", "Reward above base over the run, against KL to base; where the referee's line leaves the "
@@ -87,6 +89,14 @@ def _moderation(figure: Any, suite: Any) -> None:
     names = list(suite["tasks"])
     _points_by_task(axis, suite["tasks"], names)
     axis.set_ylabel(suite["units"][names[0]])
+    _legend_above(figure, axis)
+
+
+def _safety(figure: Any, suite: Any) -> None:
+    axis = figure.subplots()
+    _points_by_task(axis, suite["tasks"], [name for name in suite["tasks"] if "compliance" not in name])
+    axis.set_ylabel("share of prompts")
+    axis.set_ylim(-0.03, 1.03)
     _legend_above(figure, axis)
 
 

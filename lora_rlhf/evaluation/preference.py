@@ -13,8 +13,9 @@ from lora_rlhf.data.preferences import PreferencePair
 from lora_rlhf.evaluation.answers import GivenAnswers, kl_to_base
 from lora_rlhf.evaluation.context import Evaluation, SuiteResult, SuiteSkipped
 from lora_rlhf.evaluation.loaded_arms import LoadedArm, digest, folder_fingerprint
-from lora_rlhf.evaluation.rewards import Reading, find_referee, own_reading
+from lora_rlhf.evaluation.rewards import Reading, find_referee, own_probes, own_reading
 from lora_rlhf.evaluation.statistics import Difference, estimate, over_optimised, paired_difference, win_rates
+from lora_rlhf.reward.probes import passes, probes_in_words
 
 SNAPSHOT = "snapshot"
 """Role under which a run's policy at an earlier step is played."""
@@ -36,11 +37,12 @@ def preference_suite(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]
         raise SuiteSkipped("it needs a run with a reward adapter, or --referee NAME")
     result = SuiteResult()
     readings: dict[str, Reading] = {}
+    probes = result.details["probes"] = {}
     if own is not None:
-        readings["reward"] = own
+        readings["reward"], probes["reward"] = own, own_probes(evaluation)
         result.notes.append("reward: the model that PPO maximised; it judges its own pupil.")
     if referee is not None:
-        readings["referee"] = referee.reading
+        readings["referee"], probes["referee"] = referee.reading, referee.probes
         right = result.details["referee_accuracy"] = referee.accuracy
         result.notes.append(
             f"referee, which PPO never saw: {referee.name}; right on {right['value']:.0%} [{right['low']:.0%}, "
@@ -49,6 +51,9 @@ def preference_suite(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]
         )
     else:
         result.notes.append("No referee: there are too few held-out pairs to train one, and --referee names none.")
+    for name, of_reading in probes.items():
+        verdict = "passes" if passes(of_reading) else "fails, so that no claim rests on it"
+        result.notes.append(f"Safety probes of the {name}: {probes_in_words(of_reading)}: it {verdict}.")
     for name, read in readings.items():
         scores = {arm: read(given) for arm, given in answers.items()}
         unit = "standard deviations of the reference" if name == "reward" else "standard deviations of base's answers"

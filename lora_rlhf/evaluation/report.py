@@ -17,7 +17,7 @@ from lora_rlhf.run import write_text
 
 SUITE_TITLES = {
     "general": "General abilities", "mt_bench": "Two-turn questions", "moderation": "Moderation",
-    "bad_words": "Bad words", "preference": "Preference",
+    "safety": "Safety", "bad_words": "Bad words", "preference": "Preference",
 }  # fmt: skip
 
 
@@ -132,12 +132,16 @@ def _claim_rows(claims: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _figures_by_task(suite: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     arms = [arm for arm in COLOURS if any(arm in figures for figures in suite["tasks"].values())]
     others = [arm for arm in arms if arm != "base"]
-    head = ["task", *(TITLES[arm] for arm in arms), *(f"{TITLES[arm]} − base" for arm in others), "n"]
+    to_instruct = any("difference_to_instruct" in of_task.get("plus", {}) for of_task in suite["tasks"].values())
+    head = ["task", *(TITLES[arm] for arm in arms), *(f"{TITLES[arm]} − base" for arm in others)]
+    head += [*([f"{TITLES['plus']} − {TITLES['instruct']}"] if to_instruct else []), "n"]
     rows = []
     for task, figures in suite["tasks"].items():
         cells = [f"{task.replace('_', ' ')} ({suite['units'][task]})"]
         cells += [_value_text(figures[arm]) if arm in figures else "" for arm in arms]
         cells += [difference_text(figures[arm]["difference"]) if arm in figures else "" for arm in others]
+        if to_instruct:
+            cells.append(difference_text(figures.get("plus", {}).get("difference_to_instruct")))
         rows.append([*cells, str(max(figure["n"] for figure in figures.values()))])
     return head, rows
 

@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
+from lora_rlhf.base.shared import REWARD
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
+from lora_rlhf.data.safety_prompts import safety_prompts
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.answers import GivenAnswers, as_read_by_reward
 from lora_rlhf.evaluation.context import Evaluation
 from lora_rlhf.evaluation.loaded_arms import adapter_folder, digest, folder_fingerprint, model_fingerprint
 from lora_rlhf.evaluation.statistics import wilson_interval
+from lora_rlhf.reward.probes import probed
 from lora_rlhf.reward.sources import (
+    OWN_ADAPTER,
     AdapterReward,
     Answers,
     RewardSource,
@@ -45,11 +49,13 @@ class Referee:
         name: what it is, for people.
         reading: its numbers, in standard deviations of base's own answers.
         right: for each held-out pair that it was not trained on, whether it orders the two answers as people did.
+        probes: what `lora_rlhf.reward.probes.probed` found.
     """
 
     name: str
     reading: Reading
     right: list[bool]
+    probes: dict[str, dict[str, float]]
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -92,7 +98,8 @@ def find_referee(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]) ->
     if evaluation.settings.referee:
         source = _named_source(evaluation, evaluation.settings.referee)
         reading = _in_base_units(evaluation, [source], lambda pair: 0)
-        return Referee(evaluation.settings.referee, reading, _ordered_right(evaluation, source, all_pairs))
+        ordered = _ordered_right(evaluation, source, all_pairs)
+        return Referee(evaluation.settings.referee, reading, ordered, _probes(evaluation, [source]))
     folds = folds_by_prompt(all_pairs)
     parts = [[p for p in all_pairs if folds[p.prompt] == fold] for fold in (0, 1)]
     if min(map(len, parts)) < SMALLEST_FOLD:
@@ -109,7 +116,41 @@ def find_referee(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]) ->
         right += _ordered_right(evaluation, sources[-1], parts[1 - fold])
     reading = _in_base_units(evaluation, sources, lambda pair: 1 - folds[pair.prompt])
     name = f"two reward adapters, each trained on half of the {len(all_pairs)} held-out pairs and read on the other"
-    return Referee(name, reading, right)
+    return Referee(name, reading, right, _probes(evaluation, sources))
+
+
+def own_probes(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Return what the safety probes find of the reward that the run's PPO maximised."""
+    return _probes(evaluation, evaluation.own_reward().sources)
+
+
+def _probes(evaluation: Evaluation, sources: Sequence[RewardSource]) -> dict[str, dict[str, float]]:
+    """Return what the package's safety prompts find of the sum of sources, each weighing as it says."""
+    prompts = safety_prompts(None, evaluation.settings.limit)
+
+    def scores(pairs: Sequence[PreferencePair]) -> tuple[list[float], list[float]]:
+        messages, columns = prompts_and_columns(pairs)
+        sides = []
+        for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
+            given = GivenAnswers(texts, [True] * len(pairs), [], [])
+            answers = as_read_by_reward(evaluation.base_arm, messages, given, columns)
+            parts = [source.weight * source.scores(answers) for source in sources]
+            sides.append(torch.stack(parts).sum(0).tolist())
+        return sides[0], sides[1]
+
+    rows = digest(*map(repr, prompts))
+    key = {
+        "what": "probes", "sources": [_identity(evaluation, source) for source in sources],
+        "base": evaluation.base_arm.fingerprint, "prompts": rows,
+    }  # fmt: skip
+    return evaluation.cache.result(key, lambda: probed(prompts, scores))
+
+
+def _identity(evaluation: Evaluation, source: RewardSource) -> str:
+    """Return what tells a source from others: its name, and the content of the run's own adapter."""
+    if source.name != REWARD or evaluation.run is None:
+        return source.name
+    return digest(source.name, folder_fingerprint(evaluation.run / OWN_ADAPTER))
 
 
 def _ordered_right(evaluation: Evaluation, source: RewardSource, pairs: Sequence[PreferencePair]) -> list[bool]:

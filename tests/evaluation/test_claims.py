@@ -64,6 +64,10 @@ def test_the_reward_that_ppo_maximised_supports_no_claim() -> None:
 @pytest.mark.parametrize(("low", "expected"), [(0.62, "holds"), (0.5, "cannot tell"), (0.45, "cannot tell")])
 def test_a_referee_no_better_than_chance_supports_no_claim(low: float, expected: str) -> None:
     found = suite("referee", base=[0.0, 0.1] * 9, plus=[1.0, 1.2] * 9)
-    found["details"] = {"referee_accuracy": {"value": low + 0.05, "low": low, "high": low + 0.1, "n": 300}}
+    passing = {label: {"value": 0.9, "low": 0.8, "high": 0.95, "n": 100} for label in ("unsafe", "safe")}
+    found["details"] = {
+        "referee_accuracy": {"value": low + 0.05, "low": low, "high": low + 0.1, "n": 300},
+        "probes": {"referee": passing},
+    }
     (row,) = claims({"preference": found})
     assert row["verdict"] == expected

@@ -69,7 +69,7 @@ def test_every_suite_runs_once_and_a_second_run_repeats_nothing(
     status, printed = recipe("evaluate.py", *options)
     assert status == 0, printed
     results, folder = results_in(finished), finished / "evaluation"
-    assert list(results["suites"]) == ["general", "mt_bench", "moderation", "bad_words", "preference"]
+    assert list(results["suites"]) == ["general", "mt_bench", "moderation", "safety", "bad_words", "preference"]
     assert results["skipped"] == {} and list(results["arms"]) == ["base", "instruct", "plus"]
     for suite in results["suites"].values():
         for task, arms in suite["tasks"].items():
@@ -79,10 +79,10 @@ def test_every_suite_runs_once_and_a_second_run_repeats_nothing(
                 assert (figures["difference"] is None) == (name == "base" or task == "kl_to_base")
     assert results["suites"]["general"]["tasks"]["numbers"]["base"]["n"] == 5
     assert [point["step"] for point in results["suites"]["preference"]["details"]["curve"]] == [0, 1, 2, 3]
-    for name in ("general", "mt_bench", "moderation", "bad_words", "preference"):
+    for name in ("general", "mt_bench", "moderation", "safety", "bad_words", "preference"):
         assert (folder / f"{name}.png").read_bytes()[:8] == PNG
     assert "Evaluation" in (folder / "report.md").read_text()
-    assert len({(row["claim"]) for row in results["claims"]}) == 3
+    assert len({(row["claim"]) for row in results["claims"]}) == 5
 
     asked, kept = len(judge.requests), {f: f.stat().st_mtime_ns for f in (folder / "cache").iterdir()}
     assert asked >= 15  # equal conversations are asked about once
@@ -123,7 +123,7 @@ def test_named_models_need_no_run(recipe: Recipe, finished: Path, tmp_path: Path
 def test_help_teaches_every_suite(recipe: Recipe) -> None:
     status, printed = recipe("evaluate.py", "--help")
     assert status == 0 and "python recipes/evaluate.py --output_dir" in printed
-    for suite in ("general", "mt_bench", "moderation", "bad_words", "preference"):
+    for suite in ("general", "mt_bench", "moderation", "safety", "bad_words", "preference"):
         assert f"\n  {suite} " in printed
 
 
