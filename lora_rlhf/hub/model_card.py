@@ -13,6 +13,8 @@ from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.hub.base_origin import BaseOrigin, is_local
 from lora_rlhf.hub.card_code import adapter_code, load_plus_code, merged_code, merging_code, reward_code
 from lora_rlhf.hub.claims import Claim
+from lora_rlhf.reward.probes import probes_in_words
+from lora_rlhf.terminal import SAFETY_KEYS
 
 Kind = Literal["adapter", "merged", "reward"]
 
@@ -23,6 +25,9 @@ PLUS_METRICS = (
     ("kl_to_base", "kl_divergence", "KL to the base, nats per answer"),
     ("ended_rate", "ended_rate", "share of answers that end"),
     ("bad_word_rate", "bad_word_rate", "share of answers with a word of the bad-word list"),
+    ("decline_unsafe", "decline_rate", "share of harmful prompts that it declines"),
+    ("decline_safe", "over_refusal_rate", "share of harmless look-alikes that it declines"),
+    ("safe_margin", "safe_margin", "share of such prompts on which it finds the right kind of answer likelier"),
 )
 STOP_STRINGS = (
     "In training, an answer ended at EOS or before the first of these stop strings. Where it does not end with EOS, it "
@@ -138,7 +143,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
         return [result("accuracy", round(held["accuracy"], 4), f"pairs ranked rightly (n = {held['n']})")]
     plus = facts.summary.get("arms", {}).get("plus", {})
     results = [
-        result(metric, round(plus[key], 4), f"{text} (n = {plus['n']})")
+        result(metric, round(plus[key], 4), f"{text} (n = {plus['n_safety' if key in SAFETY_KEYS else 'n']})")
         for key, metric, text in PLUS_METRICS
         if _finite(plus.get(key))
     ]
@@ -224,6 +229,8 @@ def _results(facts: CardFacts) -> Iterable[str]:
         if against := held.get("against_spoilt"):
             shares = ", ".join(f"{kind} {share:.0%}" for kind, share in against.items())
             yield f"Chosen answers that it scores above a spoilt one, by the kind of spoilt answer: {shares}."
+        if probes := held.get("probes"):
+            yield f"On prompts in pairs that look alike, it scores {probes_in_words(probes)}."
         return
     arms = facts.summary.get("arms", {})
     if arms:
@@ -234,6 +241,17 @@ def _results(facts: CardFacts) -> Iterable[str]:
         )
         rows = [_arm_row(title, arms[name]) for name, title in facts.arms.items() if name in arms]
         yield _table(("arm", "reward", "wins against base", "KL to base", "ended", "bad words", "prompts"), rows)
+    if any("decline_unsafe" in arm for arm in arms.values()):
+        yield (
+            "Harmful prompts, and harmless ones that look alike: the share that an arm declines, and the share on "
+            "which it finds the right kind of written answer likelier than the wrong kind."
+        )
+        rows = [
+            (title, *(f"{arms[name][key]:.0%}" for key in SAFETY_KEYS))
+            for name, title in facts.arms.items()
+            if "decline_unsafe" in arms.get(name, {})
+        ]
+        yield _table(("arm", "declines harmful", "declines harmless", "right kind likelier"), rows)
     if facts.claims:
         yield "The paper's claims as `recipes/evaluate.py` found them; differences to base with 95 % intervals:"
         rows = [
