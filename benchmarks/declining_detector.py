@@ -3,11 +3,12 @@
     python benchmarks/declining_detector.py FOLDER/xstest_labelled_answers.jsonl            # measure
     python benchmarks/declining_detector.py FOLDER/xstest_labelled_answers.jsonl --write    # and write the weights
 
-Two sources of answers whose label is known: those of Mistral-7B-Instruct-v0.1 to XSTest that people labelled (columns
-`prompt`, `completion`, `label`: 1_full_compliance, 2_full_refusal, 3_partial_refusal), and the answers that were
-written for the package's safety prompts and held-out pairs; none of them is in a pair that a reward model is trained
-on. Measured in five folds over prompts: all answers to a prompt, and to its look-alike, are in one fold. Needs
-scikit-learn, which the `eval` extra brings.
+Three sources of answers whose label is known: those of Mistral-7B-Instruct-v0.1 to XSTest that people labelled (columns
+`prompt`, `completion`, `label`: 1_full_compliance, 2_full_refusal, 3_partial_refusal); those that were written for the
+package's safety prompts and held-out pairs; and those of the embedded base and of a Plus of it, labelled by reading
+(labelled_answers.jsonl), which decline nothing and are clumsy enough to mislead a detector. None of them is in a pair
+that a reward model is trained on. Measured in five folds over prompts: all answers to a prompt, and to its look-alike,
+are in one fold. Needs scikit-learn, which the `eval` extra brings.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ STRENGTH = 5.0
 """Inverse weight of the ridge on the classifier's weights."""
 LABELS = {"1_full_compliance": "none", "2_full_refusal": "full", "3_partial_refusal": "partial"}
 LABELLED, WRITTEN = "answers of Mistral-7B-Instruct, labelled by people", "answers written for the package"
+SMALL = "answers of the embedded base and a Plus of it, labelled by reading"
+SOURCES = (LABELLED, WRITTEN, SMALL)
+SMALL_FILE = Path(__file__).parent / "labelled_answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,16 @@ def written_answers() -> Iterator[Labelled]:
             if declined and told and text not in seen:
                 seen.add(text)
                 yield Labelled(WRITTEN, row["topic"], text, grade)
+
+
+def answers_of_small_models() -> Iterator[Labelled]:
+    for line in SMALL_FILE.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        yield Labelled(SMALL, row["topic"], row["answer"], row["grade"])
+
+
+def all_answers(labelled: Path) -> list[Labelled]:
+    return [*labelled_answers(labelled), *written_answers(), *answers_of_small_models()]
 
 
 def fold(group: str) -> int:
@@ -116,7 +130,7 @@ def predicted(model: dict[str, Any], rows: Sequence[Labelled]) -> list[str]:
 
 def measured(rows: Sequence[Labelled]) -> dict[str, Any]:
     """Return each source's confusion matrix and balanced accuracy of declining or not, over held-out folds."""
-    found: dict[str, list[list[int]]] = {source: np.zeros((3, 3), int).tolist() for source in (LABELLED, WRITTEN)}
+    found: dict[str, list[list[int]]] = {source: np.zeros((3, 3), int).tolist() for source in SOURCES}
     for held_out in range(FOLDS):
         model = trained([row for row in rows if fold(row.group) != held_out])
         tested = [row for row in rows if fold(row.group) == held_out]
@@ -125,13 +139,17 @@ def measured(rows: Sequence[Labelled]) -> dict[str, Any]:
     return {source: {"confusion": matrix, **_accuracy(np.array(matrix))} for source, matrix in found.items()}
 
 
-def _accuracy(matrix: Any) -> dict[str, float]:
+def _accuracy(matrix: Any) -> dict[str, float | None]:
+    """Return what is found of the declining answers and passed of the others; None where a source has none."""
     declining, complying = matrix[1:], matrix[0]
-    found, passed = declining[:, 1:].sum() / declining.sum(), complying[0] / complying.sum()
+    passed = complying[0] / complying.sum()
+    found = declining[:, 1:].sum() / declining.sum() if declining.any() else None
     return {
-        "balanced_accuracy": round(float(found + passed) / 2, 4),
-        "declining_found": round(float(found), 4), "complying_passed": round(float(passed), 4), "n": int(matrix.sum()),
-    }  # fmt: skip
+        "balanced_accuracy": None if found is None else round(float(found + passed) / 2, 4),
+        "declining_found": None if found is None else round(float(found), 4),
+        "complying_passed": round(float(passed), 4),
+        "n": int(matrix.sum()),
+    }
 
 
 def main() -> None:
@@ -139,10 +157,13 @@ def main() -> None:
     parser.add_argument("labelled", type=Path, help="JSONL of labelled answers: prompt, completion, label")
     parser.add_argument("--write", action="store_true", help=f"write the weights to {FILE.name}")
     given = parser.parse_args()
-    rows = [*labelled_answers(given.labelled), *written_answers()]
+    rows = all_answers(given.labelled)
     found = measured(rows)
     for source, own in found.items():
-        table = Table(title=f"{source}: balanced accuracy {own['balanced_accuracy']:.3f} (n = {own['n']})")
+        said = f"passes {own['complying_passed']:.1%} of what complies"
+        if own["declining_found"] is not None:
+            said += f", finds {own['declining_found']:.1%} of what declines ({own['balanced_accuracy']:.3f} balanced)"
+        table = Table(title=f"{source}, n = {own['n']}: {said}", title_justify="left")
         for column in ("labelled", *GRADES):
             table.add_column(column, justify="right")
         for grade, line in zip(GRADES, own["confusion"], strict=True):

@@ -107,9 +107,12 @@ def _detector_notes() -> list[str]:
             for grade, line in zip(GRADES, found["confusion"], strict=True)
             if any(line)
         )
+        said = f"it passes {found['complying_passed']:.0%} of those that comply"
+        if found["balanced_accuracy"] is not None:
+            said += f", finds {found['declining_found']:.0%} of those that decline, and so has a balanced accuracy of "
+            said += f"{found['balanced_accuracy']:.3f}"
         notes.append(
             f"The detector of declining answers, on prompts that it was not trained on ({source}, n = {found['n']}): "
-            f"balanced accuracy {found['balanced_accuracy']:.3f}; it finds {found['declining_found']:.0%} of those "
-            f"that decline and passes {found['complying_passed']:.0%} of those that comply. Confusion: {lines}."
+            f"{said}. Confusion: {lines}."
         )
     return notes

@@ -155,6 +155,9 @@ def plausible_verdict(text: str) -> str:
     quoted = [(name, content) for name, _, content in QUOTED.findall(text)]
     answers = [(name, content) for name, content in quoted if "answer" in name and "reference" not in name]
     form = text[text.rfind("<<end ") :]
+    if "declined" in form:
+        grades = {key: _number(f"{key} {answers}", 1, 5) for key in ("specific", "convincing")}
+        return json.dumps({"declined": _number(f"declined {answers}", 0, 1)} | grades)
     if "safety" in form:
         scores = {key: _number(f"{key} {answers}", 4, 10) for key in ("general ability", "answer correctness")}
         return "```json\n" + json.dumps(scores | {"safety": _number(f"safety {answers}", 6, 10)}) + "\n```"

@@ -77,6 +77,7 @@ def test_differences_have_intervals_to_base_and_to_instruct(monkeypatch: pytest.
 def test_the_report_has_the_detectors_confusion_matrix_and_the_grades(monkeypatch: pytest.MonkeyPatch) -> None:
     found = suite_of(monkeypatch, base=never_declines, plus=reads_the_prompt)
     assert sum("balanced accuracy" in note and "Confusion: labelled none" in note for note in found["notes"]) == 2
+    assert sum("it passes" in note for note in found["notes"]) == 3
     n = len(PROMPTS) // 2
     assert found["details"]["grades"]["unsafe"] == {
         "base": {"none": n, "partial": 0, "full": 0},
