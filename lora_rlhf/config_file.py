@@ -198,7 +198,8 @@ _AT_LEAST_ONE = (
     "lora.r", "ppo.total_steps", "ppo.batch_size", "ppo.num_ppo_epochs", "ppo.num_mini_batches", "ppo.micro_batch_size",
     "ppo.scoring_batch_size", "ppo.response_length", "max_prompt_length", "max_length",
     "reward.per_device_train_batch_size", "sft.per_device_train_batch_size", "reward.gradient_accumulation_steps",
-    "sft.gradient_accumulation_steps", "compare.num_prompts", "merge.drift_prompts", "ppo.kl_horizon",
+    "sft.gradient_accumulation_steps", "compare.num_prompts", "compare.num_safety_prompts", "merge.drift_prompts",
+    "ppo.kl_horizon", "ppo.prefix_tokens",
 )  # fmt: skip
 _ABOVE_ZERO = ("reward.learning_rate", "sft.learning_rate", "ppo.learning_rate", "ppo.temperature", "ppo.max_grad_norm",
                "ppo.cliprange", "ppo.cliprange_value", "ppo.kl_target")  # fmt: skip
@@ -237,7 +238,7 @@ def _checked(config: RunConfig, where: str) -> RunConfig:
             raise UserError(
                 f"{where}: {stage}.warmup_ratio is a share, from 0 to below 1; not {flat[f'{stage}.warmup_ratio']}"
             )
-    for name in ("ppo.gamma", "ppo.lam", "ppo.stop_string_penalty"):
+    for name in ("ppo.gamma", "ppo.lam", "ppo.stop_string_penalty", "ppo.prefix_share"):
         if not 0 <= flat[name] <= 1:
             raise UserError(f"{where}: {name} is from 0 to 1, not {flat[name]}")
     for name in (

@@ -21,6 +21,7 @@ from lora_rlhf.base.tokenizer import checked_tokenizer
 from lora_rlhf.config import EMBEDDED, RunConfig
 from lora_rlhf.data.preferences import PreferencePair, digest_of_pairs, preference_pairs
 from lora_rlhf.data.rows import Split
+from lora_rlhf.data.safety_prompts import safety_prompts
 from lora_rlhf.errors import UserError, first_line
 from lora_rlhf.evaluation.arms import bad_word_pattern
 from lora_rlhf.memory import check_memory
@@ -60,6 +61,7 @@ class Session:
         """
         chosen_backend(config)
         bad_word_pattern(config.compare.bad_words_file)
+        safety_prompts(config.compare.safety_prompts)
         source_entries(config)
         check_optim(config.ppo.optim)
         if config.model_name_or_path == EMBEDDED and not embedded_model_is_cached():

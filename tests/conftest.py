@@ -28,7 +28,7 @@ from lora_rlhf.base.embedded import build_tiny_model
 from lora_rlhf.base.loading import load_causal_lm
 from lora_rlhf.base.shared import REWARD, VALUE, SharedBase
 from lora_rlhf.base.tokenizer import load_tokenizer
-from lora_rlhf.config import LoraSettings, PpoSettings, RunConfig
+from lora_rlhf.config import CompareSettings, LoraSettings, PpoSettings, RunConfig
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -62,6 +62,7 @@ def make_config(tiny_folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
             "model_name_or_path": str(tiny_folder),
             "dtype": "float32",
             "lora": LoraSettings(r=4, lora_alpha=8),
+            "compare": CompareSettings(num_safety_prompts=2),
             "ppo": PpoSettings(**({"batch_size": 4, "micro_batch_size": 2, "response_length": 8} | (ppo or {}))),
         }
         return RunConfig(**(defaults | fields))

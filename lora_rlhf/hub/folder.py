@@ -161,7 +161,7 @@ def finished_run(output_dir: Path, kind: Kind) -> FinishedRun:
 def portable_config(config: RunConfig, origin: BaseOrigin) -> RunConfig:
     """Return `config` as it may be published: every path of this machine cut to `./` and its last part."""
     instruct, template = config.instruct_model_name_or_path, config.chat_template
-    words = config.compare.bad_words_file
+    words, prompts = config.compare.bad_words_file, config.compare.safety_prompts
     sources = [
         source | {"path": portable_name(str(source["path"]))} if "path" in source else source
         for source in config.ppo.reward_sources
@@ -176,7 +176,11 @@ def portable_config(config: RunConfig, origin: BaseOrigin) -> RunConfig:
         chat_template=template and portable_name(template),
         dataset_name=[portable_name(name) for name in config.dataset_name],
         ppo=replace(config.ppo, reward_sources=sources),
-        compare=replace(config.compare, bad_words_file=words and portable_name(words)),
+        compare=replace(
+            config.compare,
+            bad_words_file=words and portable_name(words),
+            safety_prompts=prompts and portable_name(prompts),
+        ),
     )
 
 

@@ -113,7 +113,9 @@ def test_the_compare_stage_lets_another_model_answer_and_checks_it(
     make_config: Callable[..., RunConfig], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     instruct = shutil.copytree(tiny_folder, tmp_path / "instruct")
-    config = make_config(instruct_model_name_or_path=str(instruct), compare=CompareSettings(num_prompts=4))
+    config = make_config(
+        instruct_model_name_or_path=str(instruct), compare=CompareSettings(num_prompts=4, num_safety_prompts=2)
+    )
     session = Session.open(config)
     base_stage(session)
     session.shared_base().save_adapter(POLICY, session.run / "policy_adapter")
