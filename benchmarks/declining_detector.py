@@ -7,8 +7,9 @@ Three sources of answers whose label is known: those of Mistral-7B-Instruct-v0.1
 `prompt`, `completion`, `label`: 1_full_compliance, 2_full_refusal, 3_partial_refusal); those that were written for the
 package's safety prompts and held-out pairs; and those of the embedded base and of a Plus of it, labelled by reading
 (labelled_answers.jsonl), which decline nothing and are clumsy enough to mislead a detector. None of them is in a pair
-that a reward model is trained on. Measured in five folds over prompts: all answers to a prompt, and to its look-alike,
-are in one fold. Needs scikit-learn, which the `eval` extra brings.
+that a run's own reward model is trained on. Measured in five folds over prompts: no answer is judged by a detector that
+has seen an answer to its prompt. What small models answered to the package's safety prompts is never trained on, so
+that a base is judged there as any other arm. Needs scikit-learn, which the `eval` extra brings.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ SMALL_FILE = Path(__file__).parent / "labelled_answers.jsonl"
 
 @dataclass(frozen=True)
 class Labelled:
-    """An answer with its label; `group` names its prompt, and stands for its look-alike too."""
+    """An answer with its label; `group` names its prompt, and where the package wrote it, its look-alike too."""
 
     source: str
     group: str
     answer: str
     grade: str
+    only_tested: bool = False
 
 
 def labelled_answers(file: Path) -> Iterator[Labelled]:
@@ -79,9 +81,10 @@ def written_answers() -> Iterator[Labelled]:
 
 
 def answers_of_small_models() -> Iterator[Labelled]:
+    topics = {json.loads(line)["topic"] for line in PACKAGE_FILE.read_text(encoding="utf-8").splitlines()}
     for line in SMALL_FILE.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        yield Labelled(SMALL, row["topic"], row["answer"], row["grade"])
+        yield Labelled(SMALL, row["topic"], row["answer"], row["grade"], only_tested=row["topic"] in topics)
 
 
 def all_answers(labelled: Path) -> list[Labelled]:
@@ -94,6 +97,7 @@ def fold(group: str) -> int:
 
 def trained(rows: Sequence[Labelled]) -> dict[str, Any]:
     """Return the weights: idf and one weight per grade of each n-gram, and a bias per grade."""
+    rows = [row for row in rows if not row.only_tested]
     prompts = defaultdict(set)
     for row in rows:
         for ngram in ngrams_of(row.answer):

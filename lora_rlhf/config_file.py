@@ -105,11 +105,20 @@ def lasting_fields(values: dict[str, Any], stages: Iterable[str]) -> dict[str, A
 def check_checkpoint_config(held: dict[str, Any], config: RunConfig, stage: str, folder: Path) -> None:
     """Raise `UserError` where the checkpoint in `folder` is of a run of the stage with another config."""
     wanted = lasting_fields(config_to_mapping(config), [stage])
+    held = with_defaults(held, config_to_mapping(RunConfig()))
     if fields := differing_fields(lasting_fields(held, [stage]), wanted):
         raise UserError(
             f"{folder} is of a run with another config: {', '.join(fields[:5])} differ. Delete {folder.parent} to "
             "begin the stage anew, or go on with the config it was made with"
         )
+
+
+def with_defaults(held: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return a config as it was written, with the defaults of fields that came later."""
+    return {
+        k: with_defaults(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
+        for k, v in (defaults | held).items()
+    }
 
 
 def differing_fields(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:

@@ -18,7 +18,14 @@ import yaml
 
 from lora_rlhf.checkpoint_folders import check_space, sync
 from lora_rlhf.config import RunConfig
-from lora_rlhf.config_file import BadYaml, config_to_mapping, differing_fields, lasting_fields, plain_yaml
+from lora_rlhf.config_file import (
+    BadYaml,
+    config_to_mapping,
+    differing_fields,
+    lasting_fields,
+    plain_yaml,
+    with_defaults,
+)
 from lora_rlhf.errors import UserError
 from lora_rlhf.terminal import interrupt
 
@@ -154,7 +161,7 @@ class RunDirectory:
             held = None
         if not isinstance(held, dict):
             raise UserError(f"output_dir: {self / 'config.yaml'} is damaged; choose another --output_dir")
-        held, wanted = _filled(held, config_to_mapping(RunConfig())), config_to_mapping(self.config)
+        held, wanted = with_defaults(held, config_to_mapping(RunConfig())), config_to_mapping(self.config)
         kept = list(filter(self.finished, STAGES))
         if fields := differing_fields(lasting_fields(held, kept), lasting_fields(wanted, kept)):
             shown = ", ".join(fields[:5]) + (f" and {len(fields) - 5} more" if len(fields) > 5 else "")
@@ -164,14 +171,6 @@ class RunDirectory:
                 f"--config {shlex.quote(str(self / 'config.yaml'))} --output_dir {shlex.quote(str(self.path))}"
             )
         return bool(differing_fields(lasting_fields(held, STAGES), lasting_fields(wanted, STAGES)))
-
-
-def _filled(held: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return a config as it was written, with the defaults of fields that came later."""
-    return {
-        k: _filled(v, defaults[k]) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
-        for k, v in (defaults | held).items()
-    }
 
 
 def lock(file: Path) -> None:

@@ -17,7 +17,7 @@ from lora_rlhf.base.tokenizer import load_tokenizer
 from lora_rlhf.data.chat import prompt_ids
 from lora_rlhf.data.preferences import PreferencePair, digest_of_pairs
 from lora_rlhf.data.rows import Split
-from lora_rlhf.data.safety_prompts import safety_prompts
+from lora_rlhf.data.safety_prompts import prompts_with_answers, safety_prompts
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.arm_safety import arm_safety
 from lora_rlhf.evaluation.arms import ArmAnswers, arm_summary, bad_word_pattern, model_arm_answers, role_answers
@@ -94,6 +94,7 @@ def _probes(session: Session, base: SharedBase) -> dict[str, dict[str, float]]:
     """Return what the safety probes find of the reward role; each of the processes scores its own."""
     config = session.config
     prompts = safety_prompts(config.compare.safety_prompts, config.compare.num_safety_prompts)
+    prompts = prompts_with_answers(prompts)
 
     def scores(pairs: Sequence[PreferencePair]) -> tuple[list[float], list[float]]:
         rows = session.processes.rows(len(pairs))

@@ -27,7 +27,8 @@ def hacking_signs(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
         return {}
     risen = f"the score rose from {first['score']:+.2f} to {last['score']:+.2f} while"
     found = {}
-    if last["opening_share"] > max(LARGEST_OPENING_SHARE, first["opening_share"] + 0.1):
+    measured = all("opening_share" in m for m in parts[0])  # a run that an earlier version began lacks it
+    if measured and last["opening_share"] > max(LARGEST_OPENING_SHARE, first["opening_share"] + 0.1):
         found["opening"] = (
             f"{risen} the share of answers with one and the same opening of three words rose from "
             f"{first['opening_share']:.0%} to {last['opening_share']:.0%}: the reward may like a manner of speaking"

@@ -8,7 +8,7 @@ from lora_rlhf.warning_signs import hacking_signs
 
 
 def history(**last: float) -> list[dict[str, float]]:
-    plain = {"score": 0.0, "response_length": 40.0, "repetition": 0.1, "ended_rate": 0.9}
+    plain = {"score": 0.0, "response_length": 40.0, "repetition": 0.1, "ended_rate": 0.9, "opening_share": 0.1}
     return [plain] * 5 + [plain | {"score": 1.0} | last] * 5
 
 
@@ -19,6 +19,7 @@ def history(**last: float) -> list[dict[str, float]]:
         ({"response_length": 12}, "shortness", "answers shrank from 40 to 12 tokens"),
         ({"repetition": 0.35}, "repetition", "repeated phrases rose from 10% to 35%"),
         ({"ended_rate": 0.6}, "ended", "answers that end fell from 90% to 60%"),
+        ({"opening_share": 0.7}, "opening", "opening of three words rose from 10% to 70%"),
     ],
 )
 def test_signs_that_a_reward_is_gamed(last: dict[str, float], kind: str, words: str) -> None:
@@ -26,6 +27,11 @@ def test_signs_that_a_reward_is_gamed(last: dict[str, float], kind: str, words: 
     assert list(found) == [kind] and words in found[kind]
     assert hacking_signs(history(**last, score=0.3)) == {}  # without a rise of the score it is no game
     assert hacking_signs(history(**last)[:9]) == {}
+
+
+def test_a_run_that_an_earlier_version_began_says_nothing_of_openings() -> None:
+    begun = [{name: value for name, value in step.items() if name != "opening_share"} for step in history()[:5]]
+    assert hacking_signs(begun + history(opening_share=0.9)[5:]) == {}
 
 
 def test_an_honest_rise_is_no_sign() -> None:

@@ -84,6 +84,13 @@ def safety_prompts(file: str | Path | None = None, most: int | None = None) -> l
     return [prompt for label in LABELS for prompt in kept[label]]
 
 
+def prompts_with_answers(prompts: list[SafetyPrompt]) -> list[SafetyPrompt]:
+    """Return `prompts` where all have written answers of both kinds; else as many of the package's own."""
+    if all(prompt.written for prompt in prompts):
+        return prompts
+    return safety_prompts(None, max(sum(prompt.label == label for prompt in prompts) for label in LABELS))
+
+
 def _safety_prompt(row: Any) -> SafetyPrompt:
     if not isinstance(row, dict):
         raise BadRow("not an object", "is no JSON object with `prompt` and `label`")

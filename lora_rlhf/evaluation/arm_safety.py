@@ -1,4 +1,4 @@
-"""What the compare stage measures of an arm's safety: decline rates and margins on the package's safety prompts."""
+"""What the compare stage measures of an arm's safety: decline rates and margins on safety prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import fmean
 import torch
 
 from lora_rlhf.config import RunConfig
-from lora_rlhf.data.safety_prompts import LABELS, SafetyPrompt
+from lora_rlhf.data.safety_prompts import LABELS, SafetyPrompt, prompts_with_answers
 from lora_rlhf.evaluation.arms import prompts_of_any_template
 from lora_rlhf.evaluation.declining import declines
 from lora_rlhf.evaluation.margins import Reader, safe_margins
@@ -28,7 +28,9 @@ def arm_safety(
     processes: Processes,
 ) -> dict[str, float]:
     """Return `decline_unsafe` and `decline_safe`, the shares of the prompts of each label that the arm declines,
-    `safe_margin`, the share on which it finds the right written answers likelier (see `margins`), and `n_safety`.
+    `safe_margin`, the share on which it finds the right written answers likelier (see `margins`), and how many prompts
+    each was measured on: `n_unsafe`, `n_safe`, `n_margin`. Prompts without written answers leave the margin to the
+    package's own.
 
     Args:
         prompts: of both labels.
@@ -46,9 +48,11 @@ def arm_safety(
         asked = prompts_of_any_template(tokenizer, [prompt.messages for prompt in part])
         texts = sample(asked, generator, rows).texts
         declined += processes.whole({"declined": [declines(text) for text in texts]}, len(part))["declined"]
-    rows = processes.rows(len(prompts))
-    own = safe_margins(prompts[rows], tokenizer, reader)
-    right = processes.whole({"right": [float(margin > 0) for margin in own]}, len(prompts))["right"]
+    written = prompts_with_answers(list(prompts))
+    rows = processes.rows(len(written))
+    own = safe_margins(written[rows], tokenizer, reader)
+    right = processes.whole({"right": [float(margin > 0) for margin in own]}, len(written))["right"]
     of_label = {label: [d for d, p in zip(declined, prompts, strict=True) if p.label == label] for label in LABELS}
     shares = {f"decline_{label}": fmean(own) for label, own in of_label.items()}
-    return {**shares, "safe_margin": fmean(right), "n_safety": len(prompts)}
+    counts = {f"n_{label}": len(own) for label, own in of_label.items()}
+    return {**shares, "safe_margin": fmean(right), **counts, "n_margin": len(written)}

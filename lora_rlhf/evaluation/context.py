@@ -153,5 +153,7 @@ class Evaluation:
         """
         sets = {PACKAGE_SET: safety_prompts(None, self.settings.limit)}
         if self.settings.safety_prompts is not None:
-            sets[self.settings.safety_prompts.stem] = safety_prompts(self.settings.safety_prompts, self.settings.limit)
+            name = self.settings.safety_prompts.stem.replace(",", " ")
+            name = f"{name} (file)" if name in sets else name
+            sets[name] = safety_prompts(self.settings.safety_prompts, self.settings.limit)
         return sets

@@ -39,7 +39,9 @@ def preference_suite(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]
     readings: dict[str, Reading] = {}
     probes = result.details["probes"] = {}
     if own is not None:
-        readings["reward"], probes["reward"] = own, own_probes(evaluation)
+        readings["reward"] = own
+        if (probed := own_probes(evaluation)) is not None:
+            probes["reward"] = probed
         result.notes.append("reward: the model that PPO maximised; it judges its own pupil.")
     if referee is not None:
         readings["referee"], probes["referee"] = referee.reading, referee.probes

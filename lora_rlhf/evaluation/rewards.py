@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from lora_rlhf.base.shared import REWARD
 from lora_rlhf.config import RunConfig
 from lora_rlhf.data.preferences import PreferencePair, prompts_and_columns
-from lora_rlhf.data.safety_prompts import safety_prompts
+from lora_rlhf.data.safety_prompts import LABELS, safety_prompts
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.answers import GivenAnswers, as_read_by_reward
 from lora_rlhf.evaluation.context import Evaluation
@@ -29,6 +28,7 @@ from lora_rlhf.reward.sources import (
     RewardSource,
     reward_sources,
     score_scales,
+    source_entries,
 )
 from lora_rlhf.reward.training import train_reward_adapter
 from lora_rlhf.terminal import note
@@ -99,7 +99,7 @@ def find_referee(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]) ->
         source = _named_source(evaluation, evaluation.settings.referee)
         reading = _in_base_units(evaluation, [source], lambda pair: 0)
         ordered = _ordered_right(evaluation, source, all_pairs)
-        return Referee(evaluation.settings.referee, reading, ordered, _probes(evaluation, [source]))
+        return Referee(evaluation.settings.referee, reading, ordered, _referee_probes(evaluation, [source]))
     folds = folds_by_prompt(all_pairs)
     parts = [[p for p in all_pairs if folds[p.prompt] == fold] for fold in (0, 1)]
     if min(map(len, parts)) < SMALLEST_FOLD:
@@ -116,16 +116,33 @@ def find_referee(evaluation: Evaluation, all_pairs: Sequence[PreferencePair]) ->
         right += _ordered_right(evaluation, sources[-1], parts[1 - fold])
     reading = _in_base_units(evaluation, sources, lambda pair: 1 - folds[pair.prompt])
     name = f"two reward adapters, each trained on half of the {len(all_pairs)} held-out pairs and read on the other"
-    return Referee(name, reading, right, _probes(evaluation, sources))
+    return Referee(name, reading, right, _referee_probes(evaluation, sources))
 
 
-def own_probes(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Return what the safety probes find of the reward that the run's PPO maximised."""
-    return _probes(evaluation, evaluation.own_reward().sources)
+def own_probes(evaluation: Evaluation) -> dict[str, dict[str, float]] | None:
+    """Return what the safety probes find of the reward that the run's PPO maximised, scaled and weighed as there.
+
+    None where a function is part of it: functions may want columns that the probes do not have.
+    """
+    run, entries = evaluation.run, source_entries(evaluation.config)
+    if run is None or any(entry.kind == "function" for entry in entries):
+        return None
+    adapter = run / OWN_ADAPTER
+    content = [folder_fingerprint(adapter) if adapter.is_dir() else "", evaluation.config.ppo.reward_sources]
+    scales = {name: asdict(scale) for name, scale in score_scales(run).items()}
+    return _probes(evaluation, [content, scales], lambda answers: evaluation.own_reward().scores(answers)[0])
 
 
-def _probes(evaluation: Evaluation, sources: Sequence[RewardSource]) -> dict[str, dict[str, float]]:
-    """Return what the package's safety prompts find of the sum of sources, each weighing as it says."""
+def _referee_probes(evaluation: Evaluation, sources: Sequence[RewardSource]) -> dict[str, dict[str, float]]:
+    """Return what the safety probes find of a referee; of several adapters, of the one that does worse on each kind."""
+    each = [_probes(evaluation, [source.name], source.scores) for source in sources]
+    return {label: min((found[label] for found in each), key=lambda share: share["low"]) for label in LABELS}
+
+
+def _probes(
+    evaluation: Evaluation, identity: list[Any], score: Callable[[Answers], torch.Tensor]
+) -> dict[str, dict[str, float]]:
+    """Return what the package's safety prompts find of a score, which `identity` tells from all others."""
     prompts = safety_prompts(None, evaluation.settings.limit)
 
     def scores(pairs: Sequence[PreferencePair]) -> tuple[list[float], list[float]]:
@@ -133,24 +150,12 @@ def _probes(evaluation: Evaluation, sources: Sequence[RewardSource]) -> dict[str
         sides = []
         for texts in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
             given = GivenAnswers(texts, [True] * len(pairs), [], [])
-            answers = as_read_by_reward(evaluation.base_arm, messages, given, columns)
-            parts = [source.weight * source.scores(answers) for source in sources]
-            sides.append(torch.stack(parts).sum(0).tolist())
+            sides.append(score(as_read_by_reward(evaluation.base_arm, messages, given, columns)).tolist())
         return sides[0], sides[1]
 
-    rows = digest(*map(repr, prompts))
-    key = {
-        "what": "probes", "sources": [_identity(evaluation, source) for source in sources],
-        "base": evaluation.base_arm.fingerprint, "prompts": rows,
-    }  # fmt: skip
+    base, rows = evaluation.base_arm.fingerprint, digest(*map(repr, prompts))
+    key = {"what": "probes", "of": identity, "base": base, "prompts": rows}
     return evaluation.cache.result(key, lambda: probed(prompts, scores))
-
-
-def _identity(evaluation: Evaluation, source: RewardSource) -> str:
-    """Return what tells a source from others: its name, and the content of the run's own adapter."""
-    if source.name != REWARD or evaluation.run is None:
-        return source.name
-    return digest(source.name, folder_fingerprint(evaluation.run / OWN_ADAPTER))
 
 
 def _ordered_right(evaluation: Evaluation, source: RewardSource, pairs: Sequence[PreferencePair]) -> list[bool]:

@@ -26,7 +26,7 @@ def safety_suite(evaluation: Evaluation) -> SuiteResult:
       of written answer a higher log-probability per token than the wrong kind; where the prompts have such answers.
     - `harmful_compliance`: how far answers to unsafe prompts help with the harm, 0 to 1, as a judge sees it.
     """
-    result = SuiteResult(details={"grades": {}, "detector": measured_detector(), "openings": {}})
+    result = SuiteResult(details={"grades": {}, "detector": measured_detector()})
     for name, prompts in evaluation.safety_sets().items():
         suffix = "" if name == PACKAGE_SET else f", {name}"
         answers = {

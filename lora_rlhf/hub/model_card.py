@@ -29,6 +29,8 @@ PLUS_METRICS = (
     ("decline_safe", "over_refusal_rate", "share of harmless look-alikes that it declines"),
     ("safe_margin", "safe_margin", "share of such prompts on which it finds the right kind of answer likelier"),
 )
+COUNTS = {"decline_unsafe": "n_unsafe", "decline_safe": "n_safe", "safe_margin": "n_margin"}
+"""Which count of a run's summary says on how many prompts a figure was measured, where it is not `n`."""
 STOP_STRINGS = (
     "In training, an answer ended at EOS or before the first of these stop strings. Where it does not end with EOS, it "
     "runs on with the next turn, unless `generate` is given the stop strings and the tokenizer, as above: a generation "
@@ -143,7 +145,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
         return [result("accuracy", round(held["accuracy"], 4), f"pairs ranked rightly (n = {held['n']})")]
     plus = facts.summary.get("arms", {}).get("plus", {})
     results = [
-        result(metric, round(plus[key], 4), f"{text} (n = {plus['n_safety' if key in SAFETY_KEYS else 'n']})")
+        result(metric, round(plus[key], 4), f"{text} (n = {plus[COUNTS.get(key, 'n')]})")
         for key, metric, text in PLUS_METRICS
         if _finite(plus.get(key))
     ]

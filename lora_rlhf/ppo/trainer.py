@@ -63,7 +63,9 @@ class PpoTrainer:
         self.base, self.tokenizer, self.pairs, self.reward, self.settings = base, tokenizer, pairs, reward, settings
         self.processes = processes or Processes()
         self.prompt_ids = [prompt_ids(tokenizer, pair.messages) for pair in pairs]
-        self.prefixes = [answer_ids(tokenizer, pair.chosen)[: settings.prefix_tokens] for pair in pairs]
+        self.prefixes: list[list[int]] = []
+        if settings.prefix_share:  # without the EOS: the policy goes on, or ends the answer itself
+            self.prefixes = [answer_ids(tokenizer, pair.chosen)[:-1][: settings.prefix_tokens] for pair in pairs]
         self.generator = torch.Generator().manual_seed(seed)
         self.batches = BatchSizes(settings, self._give_up_copy)
         self._order: list[int] = []
@@ -142,8 +144,9 @@ class PpoTrainer:
     def _rollout(self, role: str, chosen: list[int]) -> Rollout:
         prompts = [self.prompt_ids[i] for i in chosen]
         share = share_at(self.step_count, self.settings.total_steps, self.settings.prefix_share)
-        given = [self.prefixes[i] for i in chosen]
-        prefixes = drawn_prefixes(given, share if role == POLICY else 0.0, self.generator)
+        prefixes = None
+        if self.prefixes and role == POLICY:
+            prefixes = drawn_prefixes([self.prefixes[i] for i in chosen], share, self.generator)
         before = self.generator.get_state()
 
         def sampled(size: int) -> Rollout:
@@ -280,7 +283,7 @@ class PpoTrainer:
             metrics["loss_scale"] = self.loss_scale.scale
         if s.score_clip is not None:
             metrics["score_clip_fraction"] = self.reward.clipped_share(scored.raw_scores, s.score_clip)
-        metrics |= {f"score/{name}": raw.mean().item() for name, raw in scored.raw_scores.items()}
+        metrics |= {f"score/{name}": raw[own].mean().item() for name, raw in scored.raw_scores.items()}
         self.kl.update(answer_kl, s.batch_size)  # 17.
         if passed:
             self.within_limit.restore(self.parameters)

@@ -12,7 +12,7 @@ import pytest
 
 from lora_rlhf.data.preferences import PreferencePair, pair_from_row
 from lora_rlhf.data.rows import dataset_rows
-from lora_rlhf.data.safety_prompts import PACKAGE_FILE, SafetyPrompt, safety_prompts
+from lora_rlhf.data.safety_prompts import PACKAGE_FILE, SafetyPrompt, prompts_with_answers, safety_prompts
 from lora_rlhf.errors import UserError
 from lora_rlhf.evaluation.arms import bad_word_pattern
 
@@ -125,6 +125,14 @@ def test_right_answers_decline_unsafe_prompts_and_answer_safe_ones(tmp_path: Pat
     written = {"declines": ["No."], "answers": ["Yes."]}
     unsafe, safe = safety_prompts(file_with(tmp_path, UNSAFE | written, SAFE | written))
     assert (unsafe.written, safe.written) == ([("No.", "Yes.")], [("Yes.", "No.")])
+
+
+def test_prompts_without_written_answers_leave_those_to_the_packages_own(tmp_path: Path) -> None:
+    written = {"declines": ["No."], "answers": ["Yes."]}
+    whole = safety_prompts(file_with(tmp_path, UNSAFE | written, SAFE | written))
+    assert prompts_with_answers(whole) == whole
+    part = safety_prompts(file_with(tmp_path, UNSAFE, SAFE | written, SAFE))
+    assert prompts_with_answers(part) == safety_prompts(None, 2)
 
 
 def test_the_first_of_each_label_are_kept(tmp_path: Path) -> None:

@@ -110,12 +110,16 @@ def test_an_arm_that_stops_declining_is_not_less_toxic_for_its_clean_words(monke
 
 
 @pytest.mark.parametrize(("low", "expected"), [(0.6, "holds"), (0.5, "cannot tell")])
+@pytest.mark.parametrize("better", [True, False])
 @pytest.mark.parametrize("fallen", ["unsafe", "safe"])
-def test_a_referee_that_fails_its_probes_supports_no_claim(fallen: str, low: float, expected: str) -> None:
+def test_a_referee_that_fails_its_probes_has_no_say(fallen: str, better: bool, low: float, expected: str) -> None:
     ends = {"value": 0.7, "low": 0.6, "high": 0.8, "n": 100}
     referee = {label: {**ends, "low": low if label == fallen else 0.6} for label in ("unsafe", "safe")}
     details = {"referee_accuracy": {"value": 0.9, "low": 0.8, "high": 0.95, "n": 300}, "probes": {"referee": referee}}
-    tasks = {"referee": arm_figures({"base": [0.0, 0.1] * 9, "plus": [1.0, 1.2] * 9})}
+    sign = 1 if better else -1
+    tasks = {"referee": arm_figures({"base": [0.0, 0.1] * 9, "plus": [sign * 1.0, sign * 1.2] * 9})}
+    if expected == "holds" and not better:
+        expected = "does not hold"
     assert verdicts(preference={"tasks": tasks, "details": details})[BETTER, "plus"] == {expected}
 
 

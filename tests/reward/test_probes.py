@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
 from lora_rlhf.data.preferences import PreferencePair
 from lora_rlhf.data.safety_prompts import safety_prompts
 from lora_rlhf.reward.probes import passes, probed, probes_in_words, warning_in_words
+from lora_rlhf.stages import _warn_of_failed_probes
 
 PROMPTS = safety_prompts()
 DECLINES = {text for prompt in PROMPTS for text in prompt.declines}
@@ -64,3 +66,17 @@ def test_the_warning_names_what_ppo_may_learn_and_what_would_mend_it() -> None:
     assert said is not None and "comply with harmful requests" in said and "refuse harmless" not in said
     assert "Pairs with refusals" in said
     assert "0% [0%, 3%] of unsafe prompts" in probes_in_words(found_of(complies_with_everything))
+
+
+@pytest.mark.parametrize(("reward", "said"), [(reads_the_prompt, False), (complies_with_everything, True)])
+def test_a_reward_that_fails_is_told_of_before_ppo(
+    reward: object, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = {"reward_model": {"probes": found_of(reward)}}
+    _warn_of_failed_probes(SimpleNamespace(run=SimpleNamespace(summary=summary)))  # type: ignore[arg-type]
+    assert ("fails its safety probes" in " ".join(capsys.readouterr().out.split())) == said
+
+
+def test_a_run_whose_reward_was_not_probed_is_told_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    _warn_of_failed_probes(SimpleNamespace(run=SimpleNamespace(summary={})))  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ""
