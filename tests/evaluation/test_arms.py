@@ -297,4 +297,4 @@ def test_the_arms_table_shows_the_figures_and_a_dash_for_no_kl() -> None:
     text = rendered(arms_table({"base": arm_summary(base, base, words), "plus": arm_summary(plus, base, words)}))
     (line,) = [line for line in text.splitlines() if "plus" in line]
     cells = [cell.strip() for cell in line.strip("│ ").split("│")]
-    assert cells == ["plus", "+1.50 ± 0.50", "100%", "-", "100%", "0%", "2"]
+    assert cells == ["plus", "+1.50 ± 0.50", "100%", "-", "100%", "0%", "-", "-", "-", "2"]

@@ -63,7 +63,10 @@ def test_what_an_evaluation_writes_is_read(tmp_path: Path) -> None:
     suites = {
         "preference": {
             "tasks": {"referee": {"base": {"difference": None}, "plus": {"difference": DIFFERENCE}}},
-            "details": {"referee_accuracy": {"low": 0.6}},
+            "details": {
+                "referee_accuracy": {"low": 0.6},
+                "probes": {"referee": {"unsafe": {"low": 0.6}, "safe": {"low": 0.6}}},
+            },
         },
         "general": {
             "details": {"kept": {"plus": {"margin": 0.01, "difference": DIFFERENCE, "verdict": "holds", "needed_n": 9}}}

@@ -81,7 +81,10 @@ class SlowPpo:
             answer, penalty = self.ids_of(answer, text), s.missing_eos_penalty * s.stop_string_penalty
         special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         seen = [token for token in answer if token not in special]
-        return [*self.ids_of(seen, self.tokenizer.decode(seen).rstrip()), eos], penalty
+        seen = self.ids_of(seen, self.tokenizer.decode(seen).rstrip())
+        while seen and not self.tokenizer.decode(seen[:1]).strip():  # nobody sees blanks in front
+            seen = seen[1:]
+        return [*seen, eos], penalty
 
     def step(self, rollout, orders):
         s = self.s

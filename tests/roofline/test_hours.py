@@ -76,7 +76,7 @@ def test_stages_that_a_run_does_not_have_take_no_time(config: RunConfig) -> None
 @pytest.mark.parametrize(
     ("names", "weights", "most", "pairs"),
     [
-        (["embedded"], [], None, 482),
+        (["embedded"], [], None, 3541),
         (["embedded"], [], 100, 100),
         (["Anthropic/hh-rlhf:helpful-base", "Anthropic/hh-rlhf:harmless-base"], [], None, 43_835 + 42_537),
         (["Anthropic/hh-rlhf:helpful-base", "Anthropic/hh-rlhf:harmless-base"], [1, 1], None, 2 * 42_537),
