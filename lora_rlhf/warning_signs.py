@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-SIGNALS = ("score", "response_length", "repetition", "ended_rate", "opening_share")
-"""Metrics that are looked at."""
+SIGNALS = ("score", "response_length", "repetition", "ended_rate")
+"""Metrics that are looked at, and that every step has; `opening_share` is looked at where steps have it."""
 LARGEST_OPENING_SHARE = 0.4
 """Of answers that begin with the same three words; a manner of speaking has taken over beyond it."""
 WINDOW = 5
@@ -22,17 +22,18 @@ def hacking_signs(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     if len(history) < 2 * WINDOW:
         return {}
     parts = (history[:WINDOW], history[-WINDOW:])
-    first, last = ({n: fmean(m.get(n, 0.0) for m in part) for n in SIGNALS} for part in parts)
+    first, last = ({n: fmean(m[n] for m in part) for n in SIGNALS} for part in parts)
     if last["score"] - first["score"] < 0.5:
         return {}
     risen = f"the score rose from {first['score']:+.2f} to {last['score']:+.2f} while"
     found = {}
-    measured = all("opening_share" in m for m in parts[0])  # a run that an earlier version began lacks it
-    if measured and last["opening_share"] > max(LARGEST_OPENING_SHARE, first["opening_share"] + 0.1):
-        found["opening"] = (
-            f"{risen} the share of answers with one and the same opening of three words rose from "
-            f"{first['opening_share']:.0%} to {last['opening_share']:.0%}: the reward may like a manner of speaking"
-        )
+    if all("opening_share" in m for part in parts for m in part):  # steps of earlier versions lack it
+        before, now = (fmean(m["opening_share"] for m in part) for part in parts)
+        if now > max(LARGEST_OPENING_SHARE, before + 0.1):
+            found["opening"] = (
+                f"{risen} the share of answers with one and the same opening of three words rose from {before:.0%} to "
+                f"{now:.0%}: the reward may like a manner of speaking"
+            )
     if last["response_length"] > 2 * first["response_length"]:
         found["length"] = (
             f"{risen} answers grew from {first['response_length']:.0f} to {last['response_length']:.0f} tokens: "

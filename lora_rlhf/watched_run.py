@@ -161,7 +161,7 @@ def _metric_warnings(run: WatchedRun) -> list[str]:
         found.append("entropy fell below a tenth of its start: answers become all alike; raise ppo.kl_coef")
     if _mean(recent, "sampler_kl") > 0.1:
         found.append(f"sampler and trainer differ by {_mean(recent, 'sampler_kl'):.2f} nats per token")
-    if all(name in m for m in run.taken for name in SIGNALS if name != "opening_share"):  # earlier versions lack it
+    if all(name in m for m in run.taken for name in SIGNALS):
         found += hacking_signs(run.taken).values()
     return found
 

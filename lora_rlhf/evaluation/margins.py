@@ -75,7 +75,7 @@ def _mean_logprobs(
     for rows in batches_by_length(mask, torch.arange(len(ids), device=device), batch):
         read = in_answer[rows, 1:]
         before = states(ids[rows], mask[rows])[:, :-1][read]
-        flat, _ = token_logprobs(before, head, ids[rows, 1:][read], 1.0, None)
+        flat, _ = token_logprobs(before, head, ids[rows, 1:][read], 1.0, None, with_entropy=False)
         sums = torch.zeros(read.shape, device=device).masked_scatter(read, flat).sum(1)
         means[rows] = sums / read.sum(1)
     return means.tolist()

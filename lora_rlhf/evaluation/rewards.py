@@ -69,15 +69,13 @@ def own_reading(evaluation: Evaluation) -> Reading | None:
     run, config = evaluation.run, evaluation.config
     if run is None or not (run / "score_scales.json").is_file():
         return None
-    scales = {name: asdict(scale) for name, scale in score_scales(run).items()}
-    adapter = run / "reward_adapter"
-    content = folder_fingerprint(adapter) if adapter.is_dir() else ""
+    identity = _own_identity(config, run)
 
     def read(given: GivenAnswers) -> list[float]:
         def scored() -> list[float]:
             return evaluation.own_reward().scores(_read(evaluation, given))[0].tolist()
 
-        key = {"what": "reward", "sources": [content, scales, config.ppo.reward_sources], **_rows(evaluation, given)}
+        key = {"what": "reward", "sources": identity, **_rows(evaluation, given)}
         return evaluation.cache.result(key, scored)
 
     return read
@@ -127,10 +125,15 @@ def own_probes(evaluation: Evaluation) -> dict[str, dict[str, float]] | None:
     run, entries = evaluation.run, source_entries(evaluation.config)
     if run is None or any(entry.kind == "function" for entry in entries):
         return None
+    identity = _own_identity(evaluation.config, run)
+    return _probes(evaluation, identity, lambda answers: evaluation.own_reward().scores(answers)[0])
+
+
+def _own_identity(config: RunConfig, run: Path) -> list[Any]:
+    """Return what the scores of the run's own reward depend on: its adapter, the scales and the sources."""
     adapter = run / OWN_ADAPTER
-    content = [folder_fingerprint(adapter) if adapter.is_dir() else "", evaluation.config.ppo.reward_sources]
     scales = {name: asdict(scale) for name, scale in score_scales(run).items()}
-    return _probes(evaluation, [content, scales], lambda answers: evaluation.own_reward().scores(answers)[0])
+    return [folder_fingerprint(adapter) if adapter.is_dir() else "", scales, config.ppo.reward_sources]
 
 
 def _referee_probes(evaluation: Evaluation, sources: Sequence[RewardSource]) -> dict[str, dict[str, float]]:

@@ -143,9 +143,9 @@ class PpoTrainer:
 
     def _rollout(self, role: str, chosen: list[int]) -> Rollout:
         prompts = [self.prompt_ids[i] for i in chosen]
-        share = share_at(self.step_count, self.settings.total_steps, self.settings.prefix_share)
         prefixes = None
         if self.prefixes and role == POLICY:
+            share = share_at(self.step_count, self.settings.total_steps, self.settings.prefix_share)
             prefixes = drawn_prefixes([self.prefixes[i] for i in chosen], share, self.generator)
         before = self.generator.get_state()
 
